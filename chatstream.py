@@ -282,10 +282,11 @@ ERRORS = {
 TYPES = {401: "authentication_error", 429: "rate_limit_error", 502: "upstream_error"}
 TYPES |= {500: "server_error", 503: "server_error", 504: "upstream_error"}
 
-# What an upstream's own message must not carry out: addresses inside the network, file paths.
+# What an upstream's own message must not carry out: addresses inside the network, file paths
+# (of two names or more; /v1/… is no file).
 PRIVATE = re.compile(
     r"\b(?:localhost|127\.\d+|10\.\d+|192\.168|172\.(?:1[6-9]|2\d|3[01])|169\.254)[.\d]*(?::\d+)?\b"
-    r"|(?<!\w)(?:[A-Z]:\\|/(?:app|etc|home|mnt|opt|root|srv|tmp|usr|var)/)[^\s'\"]*"
+    r"|(?<![\w:/.])/(?!v\d)[\w.-]+(?:/[\w.-]+)+|\b[A-Z]:\\[^\s'\"]+"
 )
 MARKUP = re.compile(r"<(?:!doctype|html|head|body)\b|Traceback \(most recent", re.IGNORECASE)
 
@@ -331,8 +332,10 @@ def reported(error: Any, code: str, secrets: Iterable[str], **departs: Any) -> F
     · {"message": …} · {"detail": …}"""
     if isinstance(error, list) and error:
         error = error[0]
-    if isinstance(error, dict) and error.get("error"):
-        error = error["error"]
+    if isinstance(error, dict):
+        inner = error.get("error")
+        if isinstance(inner, dict) or (inner and "message" not in error):
+            error = inner
     if not isinstance(error, dict):
         error = {"message": error}
     told = {}
@@ -878,6 +881,7 @@ def page_headers(html: str, https: bool) -> dict[str, str]:
 
 # ---- The server --------------------------------------------------------------------------
 
+STREAM_ROUTES = ("/stream", "/v1/chat/completions")
 RETRY_SOON = {"Retry-After": "1"}
 Handler = Callable[[Stream], Awaitable[web.StreamResponse | None]]
 
@@ -889,6 +893,21 @@ def host_name(authority: str) -> str:
 
 def json_response(value: Any, **more: Any) -> web.Response:
     return web.json_response(value, headers={"Cache-Control": "no-store"}, **more)
+
+
+def server_tls(settings: Settings) -> ssl.SSLContext | None:
+    if not settings.tls_cert:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(settings.tls_cert, settings.tls_key, password="")
+    except OSError as error:
+        raise BadSetting(
+            f"CHATSTREAM_TLS_CERT={settings.tls_cert!r} CHATSTREAM_TLS_KEY={settings.tls_key!r} "
+            f"must be PEM files that belong together, the key without a password "
+            f"({describe(error)})"
+        ) from None
+    return context
 
 
 class Chatstream:
@@ -1004,6 +1023,8 @@ class Chatstream:
                 )
             except aiohttp.ServerTimeoutError:
                 raise Failure("upstream_timeout", cause="connecting took too long") from None
+            except aiohttp.ClientResponseError as error:
+                raise Failure("upstream_invalid", cause=describe(error)) from None
             except BROKEN as error:
                 if not (tries_left and died_before_answering(error)):
                     raise Failure("upstream_unreachable", cause=describe(error)) from None
@@ -1115,7 +1136,7 @@ class Chatstream:
         finally:
             stream.stop_timers()
             self.live.discard(stream)
-            if request.method == "POST" and self.routes.get(request.path, ("",))[1] == self.chat:
+            if request.method == "POST" and request.path in STREAM_ROUTES:
                 self.settle(stream)
         if not response.prepared:
             response.headers.update(COMMON_HEADERS | {"X-Request-Id": stream.id})
@@ -1211,6 +1232,7 @@ class Chatstream:
     async def start(self) -> str:
         """Listens; returns the address. Raises BadSetting where it cannot."""
         s = self.settings
+        tls = server_tls(s)
         self.session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),  # the default lets the 101st stream wait
             timeout=aiohttp.ClientTimeout(total=None, connect=s.connect_seconds),
@@ -1232,7 +1254,7 @@ class Chatstream:
                 self.runner,
                 s.host,
                 s.port,
-                ssl_context=server_tls(s),
+                ssl_context=tls,
                 backlog=1024,
                 reuse_port=s.reuse_port or None,
             )
@@ -1267,21 +1289,6 @@ class Chatstream:
     async def stop(self) -> None:
         await self.session.close()
         await self.runner.cleanup()
-
-
-def server_tls(settings: Settings) -> ssl.SSLContext | None:
-    if not settings.tls_cert:
-        return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    try:
-        context.load_cert_chain(settings.tls_cert, settings.tls_key, password="")
-    except OSError as error:
-        raise BadSetting(
-            f"CHATSTREAM_TLS_CERT={settings.tls_cert!r} CHATSTREAM_TLS_KEY={settings.tls_key!r} "
-            f"must be PEM files that belong together, the key without a password "
-            f"({describe(error)})"
-        ) from None
-    return context
 
 
 # ---- The demo ----------------------------------------------------------------------------
@@ -1416,9 +1423,16 @@ async def serve(chosen: Settings) -> None:
         await server.drain()
 
 
+def is_our_fault(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, aiohttp.http_exceptions.HttpProcessingError)
+
+
 def main() -> int:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     log.setLevel(logging.INFO)
+    # Malformed HTTP is answered by aiohttp itself, and is no reason for a traceback.
+    logging.getLogger("aiohttp.server").addFilter(is_our_fault)
     try:
         asyncio.run(serve(read_settings(os.environ, sys.argv[1:])))
     except BadSetting as error:

@@ -8,26 +8,33 @@ real sockets, and a real browser for the page. Read the docstrings from top to b
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import itertools
 import json
+import logging
 import os
+import re
 import signal
 import socket
 import ssl
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+from urllib.parse import urlsplit
 
 import aiohttp
 
 import chatstream
-from chatstream import Chatstream, Settings
+from chatstream import Chatstream, Relay, Settings, public
 
 HERE = Path(__file__).parent
+logging.getLogger("aiohttp.server").addFilter(chatstream.is_our_fault)
 PATIENCE = 10.0 * float(os.environ.get("CHATSTREAM_TEST_PATIENCE", "1"))  # seconds, then: red
 DONE = b"data: [DONE]\n\n"
 HELLO = {"messages": [{"role": "user", "content": "Hello"}]}
@@ -237,6 +244,13 @@ class Case(unittest.IsolatedAsyncioTestCase):
         timeout = aiohttp.ClientTimeout(total=PATIENCE)
         self.client = aiohttp.ClientSession(timeout=timeout)
         self.addAsyncCleanup(self.client.close)
+        self.loop_errors: list[Any] = []
+        handler = lambda _, context: self.loop_errors.append(context)  # noqa: E731
+        asyncio.get_running_loop().set_exception_handler(handler)
+
+    async def asyncTearDown(self) -> None:
+        """Nothing went wrong behind the back of a test."""
+        self.assertEqual(self.loop_errors, [])
 
     async def ask(self, url: str, body: Any = HELLO, **headers: str) -> Answer:
         """POST /stream with this body (bytes as they are) and these headers besides."""
@@ -249,6 +263,10 @@ class Case(unittest.IsolatedAsyncioTestCase):
         """The answer to one request, with an upstream that replies so."""
         async with upstream(reply) as up, serving(up, **settings) as url:
             return await self.ask(url, body)
+
+    def post(self, url: str) -> Any:
+        """The same, as a context in which the answer is still running."""
+        return self.client.post(url + "/stream", json=HELLO)
 
     async def metrics(self, url: str) -> dict[str, float]:
         async with self.client.get(url + "/metrics") as response:
@@ -263,44 +281,1451 @@ class Case(unittest.IsolatedAsyncioTestCase):
         return found
 
 
+# ---- The program, as people start it -----------------------------------------------------
+
+# Made for these tests, for localhost, for a hundred years; it guards nothing.
+PEM_KEY = """-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgEXnsR/5BHXO0ZCDr
+zbFiIlHKEUJDtj+CcEOUyKqr/UahRANCAATqbRcwJ5GdwbOoq6zc+pyfdy8qjVmN
+WkyiL1vmATogUvO5wpbBahphDySW+QoilLnSeKJQLRehQ64xOy0EdbzM
+-----END PRIVATE KEY-----
+"""
+PEM_CERTIFICATE = """-----BEGIN CERTIFICATE-----
+MIIBmjCCAUGgAwIBAgIUJUIi28uz8ApqqH7Jysz2V1zFjf4wCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTI2MTEyMjE5MjIwOFoYDzIxMjYxMDI5
+MTkyMjA4WjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAATqbRcwJ5GdwbOoq6zc+pyfdy8qjVmNWkyiL1vmATogUvO5wpbBahph
+DySW+QoilLnSeKJQLRehQ64xOy0EdbzMo28wbTAdBgNVHQ4EFgQUKo+6HZoLvax1
+aIVBoHQuE7u+E48wHwYDVR0jBBgwFoAUKo+6HZoLvax1aIVBoHQuE7u+E48wDwYD
+VR0TAQH/BAUwAwEB/zAaBgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEwCgYIKoZI
+zj0EAwIDRwAwRAIgBizQ8+JvVItOa2404CrUyMrVo4gqtLMRd325bFtjoy8CIA4G
+evmuo2XGp6Wc9LHq3iU+WBgPBgxeGgoXqtxu4GAk
+-----END CERTIFICATE-----
+"""
+CLIENT_TLS = ssl.create_default_context(cadata=PEM_CERTIFICATE)
+
+
+@contextmanager
+def certificate() -> Iterator[tuple[str, str]]:
+    with tempfile.TemporaryDirectory() as folder:
+        cert, key = Path(folder, "cert.pem"), Path(folder, "key.pem")
+        cert.write_text(PEM_CERTIFICATE)
+        key.write_text(PEM_KEY)
+        yield str(cert), str(key)
+
+
+class Program:
+    """`python chatstream.py` as a process of its own."""
+
+    def __init__(self, process: asyncio.subprocess.Process, log: IO[bytes]) -> None:
+        self.process = process
+        self.log = log  # a file: a pipe that nobody reads would stop the program
+        self.url = self.out = self.err = ""
+
+    def memory(self) -> int:
+        """Bytes that are resident."""
+        return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * 4096
+
+    def files(self) -> int:
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+    async def end(self, number: int | None = None) -> int:
+        """Waits for the end, after a signal if one is given; the exit status."""
+        if number is not None:
+            self.process.send_signal(number)
+        out, _ = await asyncio.wait_for(self.process.communicate(), PATIENCE)
+        self.log.seek(0)
+        self.out, self.err = self.out + out.decode(), self.log.read().decode()
+        assert self.process.returncode is not None
+        return self.process.returncode
+
+
+def clean_environment(**variables: str) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("OPENAI_", "CHATSTREAM_"))}
+    return kept | {"PYTHONDEVMODE": "1", "CHATSTREAM_PORT": "0"} | variables
+
+
+@asynccontextmanager
+async def program(
+    *arguments: str, command: tuple[str, ...] = ("chatstream.py",), **environment: str
+) -> AsyncIterator[Program]:
+    with tempfile.TemporaryFile() as log:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *command,
+            *arguments,
+            cwd=HERE,
+            env=clean_environment(**environment),
+            stdout=subprocess.PIPE,
+            stderr=log,
+        )
+        run = Program(process, log)
+        assert process.stdout
+        try:
+            run.out = (await asyncio.wait_for(process.stdout.readline(), PATIENCE)).decode()
+            run.url = run.out.rpartition(" ")[2].strip()
+            yield run
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.communicate()
+
+
 # ---- The relay: any framing in, one framing out ------------------------------------------
 
-TEXT = "Grüße 👩‍👩‍👧 你好 \u2028\u2029\x85"
-CHUNK = json.dumps({"choices": [{"delta": {"content": TEXT}}]}, ensure_ascii=False).encode()
-LAST = b'{"choices":[{"delta":{},"finish_reason":"stop"}]}'
-END = [LAST, b"[DONE]"]
+TEXT = "Grüße 👩‍👩‍👧 你好 \u2028\u2029\x85 data: [DONE]"
+HELLO_CHUNK = json.dumps({"choices": [{"delta": {"content": TEXT}}]}, ensure_ascii=False).encode()
+STOP_CHUNK = b'{"choices":[{"delta":{},"finish_reason":"stop"}]}'
+TAIL = b"data: " + STOP_CHUNK + b"\n\ndata: [DONE]\n\n"
+GOOD = b"data: " + HELLO_CHUNK + b"\n\n" + TAIL
 
 
-class Quirks(Case):
-    """What upstreams really send: each row whole, byte by byte, and cut at every offset."""
+def framed(*payloads: bytes) -> bytes:
+    return b"".join(b"data: %b\n\n" % payload for payload in payloads)
 
-    def feed(self, body: bytes, cuts: Iterable[int], cut: bool = False) -> chatstream.Relay:
-        relay = chatstream.Relay(10_000, ("sk-secret",))
+
+WHOLE = framed(HELLO_CHUNK, STOP_CHUNK, b"[DONE]")
+NO_TEXT = b'{"choices":[{"delta":{"role":"assistant","content":null}}]}'
+EMPTY_FINISH = b'{"choices":[{"delta":{"content":"a"},"finish_reason":""}]}'
+FILTER = b'{"choices":[],"prompt_filter_results":[{"x":1}]}'
+USAGE = b'{"choices":[],"usage":{"total_tokens":3}}'
+LIST_CONTENT = b'{"choices":[{"delta":{"content":[{"type":"thinking","thinking":[]}]}}]}'
+COMPLETION = (
+    b'{"object":"chat.completion","choices":[{"index":0,"message":{"content":"Hi"},'
+    b'"finish_reason":"stop"}]}'
+)
+AS_CHUNK = (
+    b'{"object": "chat.completion.chunk", "choices": [{"index": 0, "finish_reason": "stop", '
+    b'"delta": {"content": "Hi"}}]}'
+)
+
+GOOD_STREAMS = {  # name: (what the upstream sends, what goes out)
+    "LF": (GOOD, WHOLE),
+    "CRLF": (GOOD.replace(b"\n", b"\r\n"), WHOLE),
+    "CR": (GOOD.replace(b"\n", b"\r"), WHOLE),
+    "mixed line ends": (GOOD.replace(b"\n\n", b"\r\n\n", 1), WHOLE),
+    "byte order mark": (b"\xef\xbb\xbf" + GOOD, WHOLE),
+    "no space after the colon (openai-python#559)": (
+        b"\n".join(line.replace(b"data: ", b"data:", 1) for line in GOOD.split(b"\n")),
+        WHOLE,
+    ),
+    "comments (OpenRouter, DeepSeek)": (b": OPENROUTER PROCESSING\n\n:\n\n: ping\n" + GOOD, WHOLE),
+    "id, event and retry lines": (b"id: 7\nretry: 10\nevent: message\n" + GOOD, WHOLE),
+    "unknown fields": (b"foo: bar\nfoo\n" + GOOD, WHOLE),
+    "an event without data": (b"event: ping\n\ndata:\n\ndata\n\n" + GOOD, WHOLE),
+    "payloads that are no chunk": (framed(b"{}", b'{"type":"ping"}') + GOOD, WHOLE),
+    "several data lines": (
+        b'data: {"choices":\ndata: [{"delta":{}}]}\n\n' + TAIL,
+        framed(b'{"choices": [{"delta":{}}]}', STOP_CHUNK, b"[DONE]"),
+    ),
+    "white space around": (
+        b"data:   " + STOP_CHUNK + b"\t\n\ndata:  [DONE] \n\n",
+        framed(b"  " + STOP_CHUNK + b"\t", b"[DONE]"),
+    ),
+    "Azure's filter first, usage last": (
+        framed(FILTER, STOP_CHUNK, USAGE, b"[DONE]"),
+        framed(FILTER, STOP_CHUNK, USAGE, b"[DONE]"),
+    ),
+    "null, empty and list contents": (
+        framed(NO_TEXT, EMPTY_FINISH, LIST_CONTENT) + TAIL,
+        framed(NO_TEXT, EMPTY_FINISH, LIST_CONTENT) + TAIL,
+    ),
+    "never a finish_reason, but [DONE]": (
+        framed(EMPTY_FINISH, b"[DONE]"),
+        framed(EMPTY_FINISH, b"[DONE]"),
+    ),
+    "finish_reason, then the end": (GOOD.removesuffix(DONE), WHOLE),
+    "[DONE] without its blank line": (GOOD[:-1], WHOLE),
+    "[DONE] without its newline": (GOOD[:-2], WHOLE),
+    "the last chunk without its newline": (GOOD.removesuffix(b"\n\n" + DONE), WHOLE),
+    "text after [DONE]": (GOOD + framed(HELLO_CHUNK), WHOLE),
+    "a null error beside choices": (
+        framed(b'{"choices":[{}],"error":null}') + TAIL,
+        framed(b'{"choices":[{}],"error":null}') + TAIL,
+    ),
+    "a whole completion": (COMPLETION, framed(AS_CHUNK) + DONE),
+    "a whole completion with a glued [DONE]": (
+        COMPLETION + b"data: [DONE]\n\n",
+        framed(AS_CHUNK) + DONE,
+    ),
+    "a whole completion as an event": (framed(COMPLETION) + DONE, framed(AS_CHUNK) + DONE),
+}
+
+LOUD = b'{"error":{"message":"Overloaded","type":"overloaded_error","code":"busy"}}'
+BAD_STREAMS = {  # name: (what the upstream sends, the error's code and message)
+    "an error object": (framed(LOUD), "busy", "Overloaded"),
+    "an error text (LM Studio)": (framed(b'{"error":"Oh no"}'), "upstream_error", "Oh no"),
+    "object: error (vLLM)": (
+        framed(b'{"object":"error","message":"Oh no","code":400}'),
+        "upstream_error",
+        "Oh no",
+    ),
+    "an error beside a message": (
+        framed(b'{"error":{"message":"In"},"message":"Out"}'),
+        "upstream_error",
+        "In",
+    ),
+    "an error beside choices": (
+        framed(b'{"choices":[{}],"error":{"message":"Oh no"}}'),
+        "upstream_error",
+        "Oh no",
+    ),
+    "event: error": (b"event: error\n" + framed(LOUD), "busy", "Overloaded"),
+    "event: error with a bare message": (
+        b'event: error\ndata: {"message":"Oh no"}\n\n',
+        "upstream_error",
+        "Oh no",
+    ),
+    "event: error that is no JSON": (b"event: error\ndata: Oh no\n\n", "upstream_error", "failed"),
+    "error: as a field (llama.cpp)": (
+        b'error: {"code":400,"message":"Oh no"}\n\n' + DONE,
+        "upstream_error",
+        "Oh no",
+    ),
+    "an error in one piece": (LOUD, "busy", "Overloaded"),
+    "no JSON": (framed(b"nonsense"), "upstream_invalid", ""),
+    "a JSON list": (framed(b"[1]"), "upstream_invalid", ""),
+    "two JSON objects": (framed(b"{}{}"), "upstream_invalid", ""),
+    "NaN": (framed(b'{"choices":[NaN]}'), "upstream_invalid", ""),
+    "bad UTF-8": (framed(b'{"choices":["\xff"]}'), "upstream_invalid", ""),
+    "deep nesting": (framed(b"[" * 100_000), "upstream_invalid", ""),
+    "a newline inside a JSON string": (
+        b'data: {"choices":[{"x":"a\ndata: b"}]}\n\n',
+        "upstream_invalid",
+        "",
+    ),
+    "two bad ones that complete each other": (
+        framed(b'{"choices":[]},{"choices":[{}', b"{}]}"),
+        "upstream_invalid",
+        "",
+    ),
+    "too large an event": (framed(b'{"choices":["%b"]}' % (b"x" * 200_000)), "event_too_large", ""),
+    "too long a line": (b":" + b"x" * 200_000, "event_too_large", ""),
+    "too many lines": (b"data: x\n" * 200_000, "event_too_large", ""),
+    "nothing": (b"", "empty_stream", ""),
+    "comments alone": (b": ping\n\n" * 3, "empty_stream", ""),
+    "nothing but [DONE]": (DONE, "empty_stream", ""),
+    "no event stream": (b"Hello, world\n", "upstream_invalid", ""),
+    "JSON that is no completion": (b'{"choices":3}', "upstream_invalid", ""),
+    "an end inside a payload": (b'data: {"choices":[{', "stream_truncated", ""),
+}
+MANY_BYTES = 100_000  # longer ones are not fed byte by byte
+
+
+def splits(body: bytes) -> Iterator[list[int]]:
+    """Whole; byte by byte; cut in two at each offset: inside UTF-8 and inside CRLF too."""
+    yield []
+    if len(body) < MANY_BYTES:
+        yield list(range(1, len(body)))
+        yield from ([offset] for offset in range(1, len(body)))
+
+
+class Quirks(unittest.TestCase):
+    """What upstreams really send (the sources stand in the names), cut in every way."""
+
+    def feed(self, body: bytes, cuts: list[int], cut: bool = False) -> tuple[bytes, Relay]:
+        relay, out = Relay(100_000, ("sk-secret",)), b""
         bounds = [0, *cuts, len(body)]
-        pieces = [body[a:b] for a, b in zip(bounds, bounds[1:], strict=False) if a < b]
-        relay.out = b""
-        for piece in pieces:
-            if not (relay.done or relay.failure):
-                relay.out += relay.feed(piece)
+        for start, end in itertools.pairwise(bounds):
+            if start < end and not (relay.done or relay.failure):
+                out += relay.feed(body[start:end])
         if not (relay.done or relay.failure):
-            relay.out += relay.close(cut)
-        return relay
+            out += relay.close(cut)
+        return out, relay
 
-    def test_framing(self) -> None:
-        """Every framing becomes `data: PAYLOAD\\n\\n`, the payload byte for byte."""
-        row = b"data: " + CHUNK
-        end = b"data: " + LAST + b"\n\ndata: [DONE]\n\n"
-        rows = {
-            "LF": (row + b"\n\n" + end, [CHUNK, *END]),
-            "CRLF": ((row + b"\n\n" + end).replace(b"\n", b"\r\n"), [CHUNK, *END]),
-        }
-        for name, (body, expected) in rows.items():
-            want = b"".join(b"data: %b\n\n" % payload for payload in expected)
-            for cuts in ([], range(1, len(body)), *([n] for n in range(1, len(body)))):
-                with self.subTest(name, cuts=cuts):
-                    relay = self.feed(body, cuts)
-                    self.assertEqual(relay.out, want)
+    def test_good_streams(self) -> None:
+        """Whatever the framing, out goes `data: PAYLOAD`, byte for byte, then [DONE]."""
+        for name, (body, expected) in GOOD_STREAMS.items():
+            for cuts in splits(body):
+                with self.subTest(name, cuts=cuts[:1]):
+                    out, relay = self.feed(body, cuts)
+                    self.assertEqual(out, expected)
                     self.assertTrue(relay.done)
+                    self.assertIsNone(relay.failure)
+
+    def test_bad_streams(self) -> None:
+        """Whatever the dialect of the error, it is told, and what came before it goes out."""
+        for name, (body, code, message) in BAD_STREAMS.items():
+            good = framed(HELLO_CHUNK) if code != "empty_stream" and body[:1] != b"{" else b""
+            for cuts in splits(good + body):
+                with self.subTest(name, cuts=cuts[:1]):
+                    out, relay = self.feed(good + body, cuts)
+                    self.assertEqual(out, good)
+                    self.assertFalse(relay.done)
+                    assert relay.failure
+                    stray = code == "upstream_invalid" and body.startswith(b"Hello")
+                    self.assertEqual(relay.failure.code, "stream_truncated" if stray else code)
+                    self.assertIn(message, relay.failure.message)
+
+    def test_alone(self) -> None:
+        """The same errors, when nothing came before them."""
+        for name, (body, code, _) in BAD_STREAMS.items():
+            with self.subTest(name):
+                out, relay = self.feed(body, [])
+                self.assertEqual((out, relay.failure and relay.failure.code), (b"", code))
+
+    def test_truncation_at_every_byte(self) -> None:
+        """An answer that ends anywhere before its finish_reason is never a whole one."""
+        for length in range(len(framed(HELLO_CHUNK)), GOOD.index(STOP_CHUNK) + len(STOP_CHUNK) - 1):
+            for cut in (True, False):
+                _, relay = self.feed(GOOD[:length], [], cut)
+                self.assertEqual(relay.failure and relay.failure.code, "stream_truncated")
+
+    def test_long_event_in_small_pieces(self) -> None:
+        """An event just within the limit passes, and costs time in proportion to its length."""
+        payload = b'{"choices":["%b"]}' % (b"x" * (100_000 - len(b'{"choices":[""]}')))
+        out, relay = self.feed(framed(payload) + TAIL, list(range(1, 100_000)))
+        self.assertTrue(relay.done)
+        self.assertTrue(out.startswith(framed(payload)))
+        _, relay = self.feed(framed(payload[:-3] + b'x"]}'), [])
+        self.assertEqual(relay.failure and relay.failure.code, "event_too_large")
+
+
+class Transcripts(Case):
+    """What servers that nobody here wrote really sent, through the whole of chatstream."""
+
+    async def test_replay(self) -> None:
+        """Each of them ends as its text says: whole, or with the error that it is."""
+        folder = os.environ.get("CHATSTREAM_TRANSCRIPTS", "")
+        if not folder:
+            self.skipTest("CHATSTREAM_TRANSCRIPTS names no folder of transcripts")
+        for path in sorted(Path(folder).glob("*.sse")):
+            head, _, body = path.read_bytes().partition(b"\r\n\r\n")
+            status = int(head[9:12] or 0)
+            kind = b"".join(re.findall(rb"(?im)^content-type: ([^\r\n]+)", head)).decode()
+            with self.subTest(path.stem):
+                answer = await self.ask_through(
+                    sends(body, status=status or 502, content_type=kind)
+                )
+                self.judge(answer, status, body)
+
+    def judge(self, answer: Answer, status: int, body: bytes) -> None:
+        if status in (401, 403) or status >= 500 or not status:
+            self.assertEqual(answer.status, 502)
+        elif status >= 400:
+            self.assertEqual(answer.status, status)
+            said = json.loads(body)
+            said = said["error"] if isinstance(said["error"], dict) else said
+            self.assertEqual(answer.error["message"], public(said["message"], ()))
+        elif b'"chat.completion"' in body:
+            self.assertEqual(answer.payloads[-1], b"[DONE]")
+        elif b"data: [DONE]" in body and b'"error"' not in body and b"$\n" not in body:
+            sent = [line[6:] for line in body.split(b"\n") if line.startswith(b"data: ")]
+            good = list(itertools.takewhile(is_json, sent))
+            self.assertEqual(answer.payloads[: len(good)], good)
+            if len(good) == len(sent) - 1:
+                self.assertEqual(answer.payloads, sent)
+            else:
+                self.assertEqual(answer.error["code"], "upstream_invalid")
+        else:
+            self.assertNotIn(b"[DONE]", answer.body)
+            self.assertEqual(answer.error["type"], answer.error["type"])
+
+
+def is_json(data: bytes) -> bool:
+    try:
+        return isinstance(json.loads(data), dict)
+    except ValueError:
+        return False
+
+
+# ---- An honest status --------------------------------------------------------------------
+
+
+def fails(
+    status: int, body: bytes, content_type: str = "application/json", **headers: str
+) -> Reply:
+    async def reply(call: Call) -> None:
+        await call.start(status, content_type, **headers)
+        await call.send(body)
+
+    return reply
+
+
+LEAKY = "Key sk-secret at http://10.1.2.3:80/x and /home/me/app.py failed"
+REFUSALS = {  # name: (the upstream's answer, then status, code, type, part of the message here)
+    "400 (llama.cpp)": (
+        fails(400, b'{"error":{"code":400,"message":"Too long","type":"exceed_context"}}'),
+        (400, "upstream_rejected", "exceed_context", "Too long"),
+    ),
+    "422 (FastAPI)": (
+        fails(422, b'{"detail":"Bad thing"}'),
+        (422, "upstream_rejected", "invalid_request_error", "Bad thing"),
+    ),
+    "404 with a code": (
+        fails(404, b'{"error":{"message":"No","code":"model_not_found","param":"model"}}'),
+        (404, "model_not_found", "invalid_request_error", "No"),
+    ),
+    "400 in a list (Gemini)": (
+        fails(400, b'[{"error":{"code":400,"message":"Bad","status":"X"}}]'),
+        (400, "upstream_rejected", "invalid_request_error", "Bad"),
+    ),
+    "429 as a text (Scaleway)": (
+        fails(429, b'{"error":"INSUFFICIENT QUOTA"}'),
+        (429, "upstream_rejected", "rate_limit_error", "INSUFFICIENT QUOTA"),
+    ),
+    "429 out of credit": (
+        fails(429, b'{"error":{"message":"Pay","code":"insufficient_quota"}}'),
+        (429, "insufficient_quota", "rate_limit_error", "Pay"),
+    ),
+    "404 in HTML": (
+        fails(404, b"<html>nginx</html>", "text/html"),
+        (404, "upstream_rejected", "invalid_request_error", "refused"),
+    ),
+    "a message in HTML": (
+        fails(400, b'{"error":{"message":"<html><body>x"}}'),
+        (400, "upstream_rejected", "invalid_request_error", "refused"),
+    ),
+    "a traceback": (
+        fails(400, b'{"error":"Traceback (most recent call last): x"}'),
+        (400, "upstream_rejected", "invalid_request_error", "refused"),
+    ),
+    "a message that is no text": (
+        fails(400, b'{"error":{"message":{"a":1},"type":7,"code":[]}}'),
+        (400, "upstream_rejected", "invalid_request_error", "refused"),
+    ),
+    "secrets in the message": (
+        fails(400, json.dumps({"error": {"message": LEAKY}}).encode()),
+        (
+            400,
+            "upstream_rejected",
+            "invalid_request_error",
+            "Key *** at http://***/x and *** failed",
+        ),
+    ),
+    "a very long message": (
+        fails(400, json.dumps({"error": "y" * 5000}).encode()),
+        (400, "upstream_rejected", "invalid_request_error", "y" * 500),
+    ),
+    "401": (fails(401, b"{}"), (502, "upstream_auth", "upstream_error", "key")),
+    "403": (fails(403, b"{}"), (502, "upstream_auth", "upstream_error", "key")),
+    "500": (fails(500, b'{"error":"x"}'), (502, "upstream_error", "upstream_error", "failed")),
+    "524": (fails(524, b"<html>"), (502, "upstream_error", "upstream_error", "failed")),
+    "a redirect": (
+        fails(307, b"", location="http://127.0.0.1:9/"),
+        (502, "upstream_error", "upstream_error", "failed"),
+    ),
+    "an HTML page": (
+        fails(200, b"<html>", "text/html"),
+        (502, "upstream_error", "upstream_error", "failed"),
+    ),
+    "another type": (
+        fails(200, b"hello", "text/plain"),
+        (502, "upstream_invalid", "upstream_error", "no valid"),
+    ),
+    "200 with an error": (fails(200, LOUD), (502, "busy", "overloaded_error", "Overloaded")),
+    "200 with bad JSON": (fails(200, b"{bad"), (502, "upstream_invalid", "upstream_error", "")),
+    "200 with nothing": (sends(), (502, "empty_stream", "upstream_error", "empty")),
+    "an error as the first event": (
+        sends(framed(LOUD)),
+        (502, "busy", "overloaded_error", "Overloaded"),
+    ),
+    "half a payload": (sends(b'data: {"cho'), (502, "stream_truncated", "upstream_error", "broke")),
+}
+
+
+async def dies(call: Call) -> None:
+    await call.cut()
+
+
+async def half_a_head(call: Call) -> None:
+    await call.raw(b"HTTP/1.1 200 OK\r\nContent-")
+    call.transport.close()
+
+
+class Status(Case):
+    async def test_before_the_first_event(self) -> None:
+        """What fails before the first event has a real status, and a message for people."""
+        for name, (reply, (status, code, kind, message)) in REFUSALS.items():
+            with self.subTest(name):
+                answer = await self.ask_through(reply, api_key="sk-secret")
+                self.assertEqual(answer.status, status)
+                error = answer.error
+                self.assertEqual((error["code"], error["type"]), (code, kind))
+                self.assertIn(message, error["message"])
+                self.assertLessEqual(len(error["message"]), 500)
+                self.assertEqual(error["request_id"], answer.headers["X-Request-Id"])
+                self.assertEqual(list(error), ["message", "type", "param", "code", "request_id"])
+                self.assertNotIn(b"sk-secret", answer.body)
+
+    async def test_kept(self) -> None:
+        """Of another 4xx the param, Retry-After and the rate limits are passed on."""
+        body = b'{"error":{"message":"No","param":"n"}}'
+        reply = fails(429, body, retry_after="7", x_ratelimit_limit="60", set_cookie="a=b")
+        answer = await self.ask_through(reply)
+        self.assertEqual(answer.error["param"], "n")
+        self.assertEqual(answer.headers["Retry-After"], "7")
+        self.assertEqual(answer.headers["x-ratelimit-limit"], "60")
+        self.assertNotIn("Set-Cookie", answer.headers)
+
+    async def test_in_band(self) -> None:
+        """After the first event it is an event, the last one, without [DONE]."""
+        answer = await self.ask_through(sends(framed(HELLO_CHUNK), framed(LOUD), DONE))
+        self.assertEqual(answer.status, 200)
+        self.assertEqual(answer.payloads[0], HELLO_CHUNK)
+        self.assertEqual(answer.error["code"], "busy")
+        self.assertEqual(answer.error["request_id"], answer.headers["X-Request-Id"])
+        self.assertEqual(len(answer.payloads), 2)
+
+    async def test_unreachable(self) -> None:
+        """No upstream, or one that hangs up before a byte: 502 upstream_unreachable."""
+        async with serving(base_url="http://127.0.0.1:1/v1") as url:
+            self.assertEqual((await self.ask(url)).error["code"], "upstream_unreachable")
+        for reply in (dies, half_a_head):
+            answer = await self.ask_through(reply)
+            self.assertEqual((answer.status, answer.error["code"]), (502, "upstream_unreachable"))
+
+    async def test_cut(self) -> None:
+        """A connection that dies in mid-stream is told, with the part kept."""
+
+        async def reply(call: Call) -> None:
+            await call.start()
+            await call.send(framed(HELLO_CHUNK))
+            await asyncio.sleep(0.05)
+            await call.cut()
+
+        answer = await self.ask_through(reply)
+        self.assertEqual(answer.payloads[0], HELLO_CHUNK)
+        self.assertEqual(answer.error["code"], "stream_truncated")
+
+    async def test_broken_chunked_encoding(self) -> None:
+        """Nor does the client wait for ever when the upstream breaks the encoding."""
+
+        async def reply(call: Call) -> None:
+            await call.start()
+            await call.send(framed(HELLO_CHUNK))
+            await asyncio.sleep(0.05)  # in one read with the head it would be no HTTP at all
+            await call.raw(b"nonsense\r\n")
+            await call.gone.wait()
+
+        answer = await self.ask_through(reply, heartbeat_seconds=0.2)
+        self.assertEqual(answer.error["code"], "stream_truncated")
+
+    async def test_first_event_goes_out_at_once(self) -> None:
+        """Each event goes out the moment its last byte is in, not when the next one comes."""
+        go = asyncio.Event()
+
+        async def reply(call: Call) -> None:
+            await call.start()
+            await call.send(b'data: {"choices":[]}\r')
+            await call.send(b"\r")
+            await go.wait()
+
+        async with upstream(reply) as up, serving(up) as url, self.post(url) as response:
+            data = await response.content.readuntil(b"\n\n")
+            self.assertEqual(data, b'data: {"choices":[]}\n\n')
+            go.set()
+
+    async def test_heartbeats(self) -> None:
+        """A silent stream gets comments, and its status is 200 from then on."""
+
+        async def reply(call: Call) -> None:
+            await asyncio.sleep(0.25)
+            await call.start(500)
+
+        answer = await self.ask_through(reply, heartbeat_seconds=0.1)
+        self.assertEqual(answer.status, 200)
+        self.assertTrue(answer.body.startswith(b": keep-alive\n\n: keep-alive\n\n"))
+        self.assertEqual(answer.error["code"], "upstream_error")
+
+    async def test_headers(self) -> None:
+        """Streams carry what keeps proxies from holding them back; no banner; an id."""
+        async with upstream(says("Hi")) as up, serving(up) as url:
+            answer = await self.ask(url, X_Request_Id="abc.1-2_3")
+            self.assertEqual(answer.headers["Content-Type"], "text/event-stream; charset=utf-8")
+            self.assertEqual(answer.headers["Cache-Control"], "no-cache, no-transform")
+            self.assertEqual(answer.headers["X-Accel-Buffering"], "no")
+            self.assertEqual(answer.headers["X-Content-Type-Options"], "nosniff")
+            self.assertEqual(answer.headers["X-Request-Id"], "abc.1-2_3")
+            self.assertEqual(answer.headers["Server"], "chatstream")
+            for bad in ("a b", "x" * 129, "<b>", ""):
+                self.assertNotEqual(
+                    (await self.ask(url, X_Request_Id=bad)).headers["X-Request-Id"], bad
+                )
+
+
+# ---- What the upstream is asked ----------------------------------------------------------
+
+
+class Asking(Case):
+    async def test_request(self) -> None:
+        """The upstream gets the key, the request id and the body; nothing else of the client."""
+        async with upstream(says("Hi")) as up, serving(up, api_key="sk-1") as url:
+            body = HELLO | {"model": None, "temperature": 0.5, "next_year": {"x": [1]}}
+            await self.ask(url, body, Cookie="a=b", X_Request_Id="i", Authorization="Bearer no")
+            call = up.calls[0]
+        self.assertEqual(call.request_line, "POST /v1/chat/completions HTTP/1.1")
+        self.assertEqual(call.body, body | {"model": "m", "stream": True})
+        self.assertEqual(call.headers["authorization"], "Bearer sk-1")
+        self.assertEqual(call.headers["accept"], "text/event-stream")
+        self.assertEqual(call.headers["accept-encoding"], "identity")
+        self.assertEqual(call.headers["x-request-id"], "i")
+        self.assertNotIn("cookie", call.headers)
+
+    async def test_without_a_key(self) -> None:
+        """No key: no Authorization header. And no cookie of an upstream is kept."""
+        async with upstream(fails(200, LOUD, set_cookie="a=b")) as up, serving(up) as url:
+            await self.ask(url)
+            await self.ask(url)
+            for call in up.calls:
+                self.assertNotIn("authorization", call.headers)
+                self.assertNotIn("cookie", call.headers)
+
+    async def test_repeated_key(self) -> None:
+        """What is sent on is what was checked: a second `model` cannot slip past."""
+        async with upstream(says("Hi")) as up, serving(up) as url:
+            body = b'{"model":"m","messages":[{"role":"user"}],"model":"gpt-9","stream":true}'
+            self.assertEqual((await self.ask(url, body)).status, 404)
+            body = b'{"model":"gpt-9","messages":[{"role":"user"}],"model":"m"}'
+            await self.ask(url, body)
+            self.assertNotIn(b"gpt-9", up.calls[0].raw_body)
+
+    async def test_any_model(self) -> None:
+        """With `*` any model may be asked for, and the list is the upstream's."""
+
+        async def reply(call: Call) -> None:
+            if call.request_line.startswith("GET /v1/models "):
+                return await fails(200, b'{"data":[{"id":"a","x":1},{"id":"m"}]}')(call)
+            return await says("Hi")(call)
+
+        async with upstream(reply) as up, serving(up, model=("m", "*"), api_key="k") as url:
+            await self.ask(url, HELLO | {"model": "any"})
+            self.assertEqual(up.calls[0].body["model"], "any")
+            async with self.client.get(url + "/v1/models") as response:
+                listed = await response.json()
+            names = [{"id": "m", "object": "model"}, {"id": "a", "object": "model"}]
+            self.assertEqual(listed, {"object": "list", "data": names})
+            self.assertEqual(up.calls[1].headers["authorization"], "Bearer k")
+        async with upstream(reply) as up, serving(up, model=("*",)) as url:
+            await self.ask(url)
+            self.assertNotIn("model", up.calls[0].body)
+
+    async def test_retry(self) -> None:
+        """One more try when the connection died before a byte came; none after a status."""
+
+        async def dies_once(call: Call) -> None:
+            await (call.cut() if len(up.calls) == 1 else says("Hi")(call))
+
+        async with upstream(dies_once) as up, serving(up) as url:
+            self.assertEqual((await self.ask(url)).payloads[-1], b"[DONE]")
+            self.assertEqual(len(up.calls), 2)
+        for reply, tries in ((dies, 2), (fails(500, b"{}"), 1), (half_a_head, 1)):
+            async with upstream(reply) as up, serving(up) as url:
+                await self.ask(url)
+                self.assertEqual(len(up.calls), tries)
+
+    async def test_stale_connection(self) -> None:
+        """A pooled connection that the upstream closes in that moment is no error."""
+
+        async def once(call: Call) -> None:
+            if call.up.calls.count(call) > 1:
+                return call.transport.abort()
+            return await says("Hi")(call)
+
+        async with upstream(once) as up, serving(up) as url:
+            for _ in range(3):
+                self.assertEqual((await self.ask(url)).payloads[-1], b"[DONE]")
+            self.assertGreater(len(up.calls), up.connections)
+
+    async def test_done_lets_go(self) -> None:
+        """After [DONE] the upstream is let go, even if it holds the socket open."""
+
+        async def holds(call: Call) -> None:
+            await call.start()
+            await call.send(GOOD)
+            await call.gone.wait()
+
+        async with upstream(holds) as up, serving(up) as url:
+            self.assertEqual((await self.ask(url)).payloads[-1], b"[DONE]")
+            await asyncio.wait_for(up.calls[0].gone.wait(), PATIENCE)
+
+    async def test_redirect_is_not_followed(self) -> None:
+        """A redirect would carry the key to wherever it points."""
+        async with upstream(says("Hi")) as other:
+            await self.ask_through(fails(302, b"", location=other.url), api_key="sk-1")
+            self.assertEqual(other.calls, [])
+
+    async def test_proxy(self) -> None:
+        """The proxy of the environment is used, except where no_proxy says so."""
+        async with upstream(says("Hi")) as proxy:
+            address = proxy.url.removesuffix("/v1")
+            with mock_environment(http_proxy=address, no_proxy="127.0.0.1"):
+                async with serving(base_url="http://upstream.invalid/v1") as url:
+                    await self.ask(url)
+                await self.ask_through(says("Hi"))
+        lines = [call.request_line for call in proxy.calls]
+        self.assertEqual(lines, ["POST http://upstream.invalid/v1/chat/completions HTTP/1.1"])
+
+
+@contextmanager
+def mock_environment(**variables: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+# ---- Time: cancellation, back-pressure, limits -------------------------------------------
+
+
+class Time(Case):
+    async def test_client_leaves(self) -> None:
+        """The client goes, and 50 ms later the upstream's connection is gone: before the
+        first token, during heartbeats, in mid-stream."""
+        for name, reply, beat in (
+            ("before the first token", silent, 10.0),
+            ("during heartbeats", silent, 0.01),
+            ("in mid-stream", stalls, 10.0),
+        ):
+            with self.subTest(name):
+                async with upstream(reply) as up, serving(up, heartbeat_seconds=beat) as url:
+                    took = await self.leave(up, url, wait_for_bytes=beat < 1 or reply is stalls)
+                    self.assertLess(took, 0.05)
+                    metrics = await self.metrics(url)
+                    self.assertEqual(metrics['chatstream_streams_total{outcome="client_gone"}'], 1)
+                    self.assertEqual(metrics["chatstream_active_streams"], 0)
+
+    async def leave(self, up: Upstream, url: str, wait_for_bytes: bool) -> float:
+        """Asks, leaves in the middle, and gives the seconds until the upstream saw it."""
+        tls = CLIENT_TLS if url.startswith("https") else None
+        address = urlsplit(url)
+        reader, writer = await asyncio.open_connection(address.hostname, address.port, ssl=tls)
+        body = json.dumps(HELLO).encode()
+        writer.write(
+            b"POST /stream HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+        )
+        await self.eventually(lambda: up.calls)
+        if wait_for_bytes:
+            await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), PATIENCE)
+        writer.transport.abort()
+        left = time.monotonic()
+        await asyncio.wait_for(up.calls[-1].gone.wait(), PATIENCE)
+        return time.monotonic() - left
+
+    async def test_client_leaves_over_tls(self) -> None:
+        """The same over TLS on both sides, also with an upstream that has gone mute."""
+        with certificate() as (cert, key):
+            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            context.load_cert_chain(cert, key)
+            for reply in (silent, stalls):
+                async with upstream(reply, context) as up:
+                    env = {"OPENAI_BASE_URL": up.url, "SSL_CERT_FILE": cert}
+                    tls = {"CHATSTREAM_TLS_CERT": cert, "CHATSTREAM_TLS_KEY": key}
+                    async with program(**env, **tls) as run:
+                        self.assertTrue(run.url.startswith("https://"))
+                        took = await self.leave(up, run.url, wait_for_bytes=reply is stalls)
+                        self.assertLess(took, 0.05)
+
+    async def test_unknown_certificate(self) -> None:
+        """An upstream whose certificate nobody vouches for is not spoken to."""
+        with certificate() as (cert, key):
+            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            context.load_cert_chain(cert, key)
+            async with upstream(says("Hi"), context) as up, serving(up) as url:
+                self.assertEqual((await self.ask(url)).error["code"], "upstream_unreachable")
+                self.assertEqual(up.calls, [])
+        self.loop_errors.clear()  # of the upstream's side of the handshake
+
+    async def test_idle(self) -> None:
+        """Comments do not count as life: without a data event it is a timeout."""
+
+        async def comments(call: Call) -> None:
+            await call.start()
+            while not call.gone.is_set():
+                await call.send(b": ping\n\n")
+                await asyncio.sleep(0.02)
+
+        for reply in (comments, silent):
+            answer = await self.ask_through(reply, idle_seconds=0.3)
+            self.assertEqual((answer.status, answer.error["code"]), (504, "upstream_timeout"))
+        answer = await self.ask_through(stalls, idle_seconds=0.3)
+        self.assertEqual(answer.error["code"], "upstream_timeout")
+
+    async def test_long_streams_live(self) -> None:
+        """As long as events come, no limit ends a stream; dropped ones count as life too."""
+
+        async def long(call: Call) -> None:
+            await call.start()
+            for number in range(12):
+                await asyncio.sleep(0.05)
+                await call.send(b"data: {}\n\n" if number % 2 else framed(HELLO_CHUNK))
+            await call.send(TAIL)
+
+        answer = await self.ask_through(long, idle_seconds=0.3, write_seconds=0.3)
+        self.assertEqual(answer.payloads[-1], b"[DONE]")
+
+    async def test_connect_limit(self) -> None:
+        """An upstream that does not even connect is a timeout, 504."""
+        with socket.socket() as full:  # a listener whose queue is full answers no SYN
+            full.bind(("127.0.0.1", 0))
+            full.listen(0)
+            address = full.getsockname()
+            with socket.socket() as first, socket.socket() as second:
+                for each in (first, second):
+                    each.setblocking(False)
+                    each.connect_ex(address)
+                base = f"http://127.0.0.1:{address[1]}/v1"
+                async with serving(base_url=base, connect_seconds=0.3) as url:
+                    answer = await self.ask(url)
+        self.assertEqual((answer.status, answer.error["code"]), (504, "upstream_timeout"))
+
+    async def test_back_pressure(self) -> None:
+        """200 MB for a client that reads nothing: the process does not grow, the upstream
+        waits, and the write limit ends it."""
+        sent = 0
+
+        async def floods(call: Call) -> None:
+            nonlocal sent
+            await call.start()
+            block = framed(b'{"choices":["%b"]}' % (b"x" * 10_000)) * 10
+            while sent < 200_000_000:
+                await call.send(block)
+                sent += len(block)
+
+        async with upstream(floods) as up:
+            env = {"OPENAI_BASE_URL": up.url, "CHATSTREAM_WRITE_SECONDS": "1"}
+            async with program(**env) as run:
+                await self.ask(run.url, b"{}")  # what grows at a first request has grown
+                before = run.memory()
+                async with self.post(run.url):
+                    started = time.monotonic()
+                    await asyncio.wait_for(up.calls[0].gone.wait(), PATIENCE)
+                    self.assertGreater(time.monotonic() - started, 0.9)
+                    self.assertLess(run.memory() - before, 10_000_000)
+                self.assertLess(sent, 100_000_000)
+                metrics = await self.metrics(run.url)
+                self.assertEqual(metrics['chatstream_streams_total{outcome="client_gone"}'], 1)
+
+
+# ---- Who gets in, and what they may send -------------------------------------------------
+
+BODIES = {  # name: (the body, then status and code)
+    "no JSON": (b"{", 400, "invalid_json"),
+    "nothing": (b"", 400, "invalid_json"),
+    "bad UTF-8": (b'{"messages":[{"role":"user","content":"\xff"}]}', 400, "invalid_json"),
+    "UTF-16": (json.dumps(HELLO).encode("utf-16"), 400, "invalid_json"),
+    "NaN": (b'{"messages":[{"role":"user"}],"x":NaN}', 400, "invalid_json"),
+    "an infinite number": (b'{"messages":[{"role":"user"}],"x":1e999}', 400, "invalid_json"),
+    "a number of 5,000 digits": (b'{"x":%b}' % (b"1" * 5000), 400, "invalid_json"),
+    "deep nesting": (b"[" * 100_000, 400, "invalid_json"),
+    "deep nesting inside": (
+        b'{"messages":[{"role":"user"}],"x":%b%b}' % (b"[" * 50_000, b"]" * 50_000),
+        400,
+        "invalid_json",
+    ),
+    "a list": (b"[]", 400, "invalid_request"),
+    "no messages": (b"{}", 400, "invalid_messages"),
+    "null messages": (b'{"messages":null}', 400, "invalid_messages"),
+    "empty messages": (b'{"messages":[]}', 400, "invalid_messages"),
+    "messages of another type": (b'{"messages":{"role":"user"}}', 400, "invalid_messages"),
+    "a message of another type": (b'{"messages":["hi"]}', 400, "invalid_messages"),
+    "no role": (b'{"messages":[{"content":"hi"}]}', 400, "invalid_messages"),
+    "an unknown role": (b'{"messages":[{"role":"root"}]}', 400, "invalid_messages"),
+    "a role of another type": (b'{"messages":[{"role":["user"]}]}', 400, "invalid_messages"),
+    "content of another type": (
+        b'{"messages":[{"role":"user","content":7}]}',
+        400,
+        "invalid_messages",
+    ),
+    "parts of another type": (
+        b'{"messages":[{"role":"user","content":["x"]}]}',
+        400,
+        "invalid_messages",
+    ),
+    "no stream wanted": (
+        b'{"messages":[{"role":"user"}],"stream":false}',
+        400,
+        "stream_required",
+    ),
+    "a model of another type": (
+        b'{"messages":[{"role":"user"}],"model":["m"]}',
+        400,
+        "invalid_request",
+    ),
+    "another model": (b'{"messages":[{"role":"user"}],"model":"n"}', 404, "model_not_found"),
+    "too long": (b"x" * 10_001, 413, "body_too_large"),
+}
+
+PAGE_ELSEWHERE = "http://evil.example"
+VISITORS = {  # name: (method and path, headers, then status and code)
+    "a rebound name": ("GET /", {"Host": "evil.example"}, 403, "forbidden_host"),
+    "a rebound name with a port": ("GET /", {"Host": "evil.example:80"}, 403, "forbidden_host"),
+    "a rebound name for the models": (
+        "GET /v1/models",
+        {"Host": "evil.example"},
+        403,
+        "forbidden_host",
+    ),
+    "localhost": ("GET /", {"Host": "LocalHost:1234"}, 200, ""),
+    "IPv6": ("GET /", {"Host": "[::1]:8080"}, 200, ""),
+    "an allowed host": ("GET /", {"Host": "Chat.Example:443"}, 200, ""),
+    "probes by any name": ("GET /healthz", {"Host": "10.0.0.7:8080"}, 200, ""),
+    "metrics by any name": ("GET /metrics", {"Host": "10.0.0.7:8080"}, 200, ""),
+    "another origin": ("POST /stream", {"Origin": PAGE_ELSEWHERE}, 403, "forbidden_origin"),
+    "a null origin": ("POST /stream", {"Origin": "null"}, 403, "forbidden_origin"),
+    "another port": ("POST /stream", {"Origin": "http://localhost:1"}, 403, "forbidden_origin"),
+    "its own origin": (
+        "POST /stream",
+        {"Host": "localhost:80", "Origin": "http://localhost:80"},
+        400,
+        "invalid_json",
+    ),
+    "cross-site": ("POST /stream", {"Sec-Fetch-Site": "cross-site"}, 403, "forbidden_origin"),
+    "same-site is not same-origin": (
+        "POST /v1/chat/completions",
+        {"Sec-Fetch-Site": "same-site"},
+        403,
+        "forbidden_origin",
+    ),
+    "the page": ("POST /stream", {"Sec-Fetch-Site": "same-origin"}, 400, "invalid_json"),
+    "a program with Sec-Fetch-Mode": (
+        "POST /stream",
+        {"Sec-Fetch-Mode": "cors"},
+        400,
+        "invalid_json",
+    ),
+    "a form": (
+        "POST /stream",
+        {"Content-Type": "text/plain"},
+        415,
+        "unsupported_media_type",
+    ),
+    "a charset": (
+        "POST /stream",
+        {"Content-Type": "application/json; charset=utf-8"},
+        400,
+        "invalid_json",
+    ),
+    "a compressed body": (
+        "POST /stream",
+        {"Content-Encoding": "gzip"},
+        415,
+        "unsupported_media_type",
+    ),
+    "an unknown path": ("GET /nothing", {}, 404, "not_found"),
+    "a path below": ("GET /v1/models/m", {}, 404, "not_found"),
+    "GET of a stream": ("GET /stream", {}, 405, "method_not_allowed"),
+    "POST of the page": ("POST /", {}, 405, "method_not_allowed"),
+    "DELETE": ("DELETE /healthz", {}, 405, "method_not_allowed"),
+}
+
+
+class Access(Case):
+    async def test_bodies(self) -> None:
+        """Every bad body gets its error, and costs nothing: the upstream is not asked."""
+        async with upstream(says("Hi")) as up, serving(up, max_body_bytes=10_000) as url:
+            async with serving(up) as roomy:
+                for name, (body, status, code) in BODIES.items():
+                    with self.subTest(name):
+                        long = status == 400 and len(body) > 10_000
+                        answer = await self.ask(roomy if long else url, body)
+                        self.assertEqual((answer.status, answer.error["code"]), (status, code))
+                        self.assertIsNone(answer.error["param"])
+            metrics = await self.metrics(url)
+            self.assertEqual(up.calls, [])
+        self.assertGreater(metrics['chatstream_streams_total{outcome="rejected"}'], 20)
+
+    async def test_good_bodies(self) -> None:
+        """All that OpenAI's API knows, and all that it may add, passes."""
+        messages = [
+            {"role": "developer", "content": "x"},
+            {"role": "user", "content": [{"type": "text", "text": "x"}]},
+            {"role": "assistant", "content": None, "tool_calls": []},
+            {"role": "tool", "tool_call_id": "1", "content": "\U0001f600 \ud83d"},
+        ]
+        async with upstream(says("Hi")) as up, serving(up) as url:
+            for stream in (True, None):
+                body = {"messages": messages, "stream": stream, "n": 2, "model": "m"}
+                self.assertEqual((await self.ask(url, body)).status, 200)
+                self.assertEqual(up.calls[-1].body, body | {"stream": True})
+
+    async def test_visitors(self) -> None:
+        """A page elsewhere, or a rebound name, cannot spend the key."""
+        async with serving(allowed_hosts=("chat.example",)) as url:
+            for name, (request, headers, status, code) in VISITORS.items():
+                with self.subTest(name):
+                    method, _, path = request.partition(" ")
+                    sent = (JSON if method == "POST" else {}) | headers
+                    async with self.client.request(method, url + path, headers=sent) as response:
+                        self.assertEqual(response.status, status)
+                        self.assertTrue(response.headers["X-Request-Id"])
+                        if code:
+                            self.assertEqual((await response.json())["error"]["code"], code)
+                        if status == 405:
+                            allow = "POST" if path == "/stream" else "GET, HEAD"
+                            self.assertEqual(response.headers["Allow"], allow)
+
+    async def test_bound_elsewhere(self) -> None:
+        """Bound to all addresses every host is served, or the allowed ones if there are any."""
+        for allowed, status in (((), 200), (("chat.example",), 403)):
+            async with serving(host="0.0.0.0", token="t", allowed_hosts=allowed) as url:  # noqa: S104
+                address = url.replace("0.0.0.0", "127.0.0.1")  # noqa: S104
+                async with self.client.get(address, headers={"Host": "other"}) as response:
+                    self.assertEqual(response.status, status)
+
+    async def test_token(self) -> None:
+        """With a token set, POST and the models need it; the page itself does not."""
+        async with upstream(says("Hi")) as up, serving(up, token="tök".encode().hex()) as url:
+            right = "Bearer " + "tök".encode().hex()
+            for sent, status in (
+                (None, 401),
+                ("", 401),
+                ("Bearer ", 401),
+                ("Bearer no", 401),
+                (right.removeprefix("Bearer "), 401),
+                ("Basic " + right[7:], 401),
+                ("Bearer t\u00f6k", 401),
+                (right, 200),
+                (right.replace("Bearer", "bearer"), 200),
+            ):
+                headers = {} if sent is None else {"Authorization": sent}
+                answer = await self.ask(url, **headers)
+                self.assertEqual(answer.status, status, sent)
+                async with self.client.get(url + "/v1/models", headers=headers) as response:
+                    self.assertEqual(response.status, status)
+                if status == 401:
+                    self.assertEqual(answer.error["code"], "invalid_token")
+                    self.assertEqual(answer.error["type"], "authentication_error")
+                    self.assertEqual(answer.headers["WWW-Authenticate"], "Bearer")
+            async with self.client.get(url) as response:
+                self.assertEqual(response.status, 200)
+
+    async def raw(self, url: str, data: bytes) -> bytes:
+        """What the server answers to these bytes, until it closes or nothing more comes."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", urlsplit(url).port)
+        writer.write(data)
+        answer = b""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(1):
+                while more := await reader.read(65536):
+                    answer += more
+        writer.close()
+        return answer
+
+    async def test_slow_bodies(self) -> None:
+        """A body that does not arrive in time is a 408; a broken one is a 400."""
+        head = b"POST /stream HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        async with serving(base_url="http://127.0.0.1:1/v1", write_seconds=0.2) as url:
+            answer = await self.raw(url, head + b"Content-Length: 9\r\n\r\n{")
+            self.assertIn(b"408 ", answer.partition(b"\r\n")[0])
+            self.assertIn(b"request_timeout", answer)
+            answer = await self.raw(url, head + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n")
+            self.assertIn(b" 400 ", answer.partition(b"\r\n")[0])
+            self.assertNotIn(b"Traceback", answer)
+            huge = (
+                b"Transfer-Encoding: chunked\r\n\r\n" + b"100000\r\n%b\r\n" % (b"x" * 0x100000) * 2
+            )
+            answer = await self.raw(url, head + huge)
+            self.assertIn(b"body_too_large", answer)
+
+    async def test_expect(self) -> None:
+        """`Expect: 100-continue` is honoured: curl waits a second for it."""
+        async with serving(base_url="http://127.0.0.1:1/v1") as url:
+            answer = await self.raw(
+                url,
+                b"POST /stream HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                b"Expect: 100-continue\r\nContent-Length: 2\r\n\r\n{}",
+            )
+        self.assertTrue(answer.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 400 "), answer)
+
+    async def test_too_many(self) -> None:
+        """One stream above the limit gets 503 with Retry-After, and does not count as active."""
+        async with upstream(stalls) as up, serving(up, max_streams=1) as url:
+            async with self.post(url) as response:
+                await response.content.readuntil(b"\n\n")
+                answer = await self.ask(url)
+                self.assertEqual((answer.status, answer.error["code"]), (503, "too_many_streams"))
+                self.assertEqual(answer.headers["Retry-After"], "1")
+                self.assertEqual((await self.metrics(url))["chatstream_active_streams"], 1)
+
+    async def test_head(self) -> None:
+        """HEAD works wherever GET does."""
+        async with serving() as url:
+            for path in ("/", "/v1/models", "/healthz", "/readyz", "/metrics"):
+                async with self.client.head(url + path) as response:
+                    self.assertEqual((response.status, await response.read()), (200, b""), path)
+
+    async def test_page(self) -> None:
+        """The page comes with its policy, an ETag, and 304 for who has it."""
+        async with serving() as url:
+            async with self.client.get(url) as response:
+                policy = response.headers["Content-Security-Policy"]
+                self.assertEqual(await response.read(), (HERE / "index.html").read_bytes())
+                tag = response.headers["ETag"]
+            for directive in (
+                "default-src 'none'",
+                "connect-src 'self'",
+                "img-src data:",
+                "base-uri 'none'",
+                "form-action 'none'",
+                "frame-ancestors 'none'",
+                "require-trusted-types-for 'script'",
+                "trusted-types 'none'",
+            ):
+                self.assertIn(directive, policy.split("; "))
+            self.assertRegex(policy, r"script-src 'sha256-[\w+/=]{44}'; style-src 'sha256-")
+            self.assertNotIn("unsafe", policy)
+            for sent, status in ((tag, 304), (f'W/{tag}, "x"', 304), ("*", 304), ('"x"', 200)):
+                async with self.client.get(url, headers={"If-None-Match": sent}) as response:
+                    self.assertEqual(response.status, status, sent)
+                    self.assertEqual(response.headers["ETag"], tag)
+                    self.assertNotIn("Strict-Transport-Security", response.headers)
+
+    async def test_https(self) -> None:
+        """With a certificate it speaks HTTPS, and says that it will go on to."""
+        with certificate() as (cert, key):
+            async with serving(tls_cert=cert, tls_key=key) as url:
+                self.assertTrue(url.startswith("https://"))
+                async with self.client.get(url, ssl=CLIENT_TLS) as response:
+                    self.assertIn("max-age", response.headers["Strict-Transport-Security"])
+
+
+# ---- What can be watched -----------------------------------------------------------------
+
+
+class Watching(Case):
+    async def test_outcomes(self) -> None:
+        """Every POST to the stream routes is counted in exactly one outcome, and none stays
+        active."""
+        rows: list[tuple[Reply, str]] = [
+            (says("Hi"), "completed"),
+            (fails(400, b"{}"), "upstream_error"),
+            (fails(500, b"{}"), "upstream_error"),
+            (sends(framed(LOUD)), "upstream_error"),
+            (sends(framed(HELLO_CHUNK), framed(LOUD)), "upstream_error"),
+            (sends(framed(b"x")), "upstream_error"),
+            (sends(), "upstream_error"),
+            (fails(400, b'{"error":{"code":"upstream_timeout"}}'), "upstream_error"),
+            (sends(framed(HELLO_CHUNK)), "truncated"),
+            (dies, "upstream_error"),
+            (silent, "timeout"),
+            (stalls, "timeout"),
+        ]
+        async with upstream(silent) as up, serving(up, idle_seconds=0.2) as url:
+            counted = dict.fromkeys(chatstream.OUTCOMES, 0)
+            for reply, outcome in rows:
+                up.reply = reply
+                await self.ask(url)
+                counted[outcome] += 1
+            for body in (b"{", b"{}"):
+                await self.ask(url, body)
+            await self.ask(url, Host="evil.example")
+            counted["rejected"] += 3
+            async with self.client.get(url + "/stream"), self.client.post(url + "/nothing"):
+                pass
+            metrics = await self.metrics(url)
+        for outcome, number in counted.items():
+            name = f'chatstream_streams_total{{outcome="{outcome}"}}'
+            self.assertEqual(metrics[name], number, outcome)
+        self.assertEqual(metrics["chatstream_active_streams"], 0)
+        self.assertEqual(metrics["chatstream_events_total"], 2 + 3)
+
+    async def test_metrics_text(self) -> None:
+        """Each metric has its help and its type; the histograms have the GenAI buckets."""
+        async with upstream(says("Hi")) as up, serving(up) as url:
+            await self.ask(url)
+            async with self.client.get(url + "/metrics") as response:
+                text = await response.text()
+                self.assertIn("text/plain; version=0.0.4", response.headers["Content-Type"])
+        for name in (
+            "chatstream_active_streams gauge",
+            "chatstream_draining gauge",
+            "chatstream_max_streams gauge",
+            "chatstream_streams_total counter",
+            "chatstream_events_total counter",
+            "gen_ai_client_operation_time_to_first_chunk_seconds histogram",
+            "gen_ai_client_operation_duration_seconds histogram",
+        ):
+            self.assertIn(f"# TYPE {name}\n", text)
+            self.assertIn(f"# HELP {name.split()[0]} ", text)
+        name = "gen_ai_client_operation_duration_seconds"
+        bounds = re.findall(name + r'_bucket\{le="([^"]+)"\} 1\n', text)
+        self.assertEqual(bounds[-4:], ["81.92", "163.84", "327.68", "+Inf"])
+        self.assertIn('_bucket{le="0.01"}', text)
+        self.assertEqual(text.count("_bucket{"), 2 * 17)
+
+    async def test_no_secret_gets_out(self) -> None:
+        """Key, token, addresses, paths and message text stand in no answer, no log line, no
+        metric, no --help, no repr and no process list."""
+        secrets = ["sk-secret-1", "token-secret-2", "PRIVATE TEXT", "127.0.0.1:", str(HERE)]
+        body = json.dumps({"messages": [{"role": "user", "content": secrets[2]}]}).encode()
+        leaky = json.dumps({"error": {"message": f"{LEAKY} {secrets[:2]} {HERE}/x.py"}}).encode()
+        replies = (fails(400, leaky), sends(framed(leaky)), fails(500, leaky), dies, says("Hi"))
+        env = {"OPENAI_API_KEY": secrets[0], "CHATSTREAM_TOKEN": secrets[1]}
+        seen = []
+        async with upstream(says("Hi")) as up:
+            async with program(OPENAI_BASE_URL=up.url, OPENAI_MODEL="m", **env) as run:
+                for reply in replies:
+                    up.reply = reply
+                    for text in (body, body[:-1], b'{"messages":[{"role":"PRIVATE TEXT"}]}'):
+                        for token in (secrets[1], "no"):
+                            answer = await self.ask(run.url, text, Authorization=f"Bearer {token}")
+                            seen.append(answer.body.decode())
+                malformed = await Access.raw(self, run.url, b"GET / HTTP/9\r\nPRIVATE TEXT\r\n\r\n")
+                seen.append(malformed.decode())
+                async with self.client.get(run.url + "/metrics") as response:
+                    seen.append(await response.text())
+                seen.append(
+                    Path(f"/proc/{run.process.pid}/cmdline").read_text().partition(".py")[2]
+                )
+                self.assertEqual(await run.end(signal.SIGTERM), 0)
+                seen.append(run.err)
+        self.assertNotIn("Traceback", run.err)
+        self.assertEqual(len(run.err.splitlines()), 30, run.err)
+        settings = Settings(api_key=secrets[0], token=secrets[1])
+        seen += [repr(settings), chatstream.argument_parser().format_help()]
+        for secret in secrets:
+            for text in seen:
+                self.assertNotIn(secret, text)
+
+    async def test_log_line(self) -> None:
+        """One line a stream: id, outcome, status, events, and how long."""
+        async with upstream(says("Hi")) as up, program(OPENAI_BASE_URL=up.url) as run:
+            await self.ask(run.url, X_Request_Id="my-id")
+            await run.end(signal.SIGTERM)
+        (line,) = run.err.splitlines()
+        pattern = r"id=my-id outcome=completed status=200 events=2 first=0\.\d+s total=0\.\d+s$"
+        self.assertRegex(line, pattern)
+
+    async def test_nothing_is_left_behind(self) -> None:
+        """3,000 streams, whole, failed and left, leave memory and files where they were."""
+        async with upstream(says("Hi")) as up, program(OPENAI_BASE_URL=up.url) as run:
+            replies = (says("Hi"), fails(400, b"{}"), sends(framed(HELLO_CHUNK)), says("Hi"))
+
+            async def some(number: int) -> None:
+                for turn in range(number):
+                    up.reply = replies[turn % 4]
+                    await self.ask(run.url)
+
+            await asyncio.gather(*(some(50) for _ in range(10)))
+            memory, files = run.memory(), run.files()
+            await asyncio.gather(*(some(300) for _ in range(10)))
+            self.assertLess(run.memory() - memory, 3_000_000)
+            self.assertLessEqual(run.files(), files + 2)
+            await run.end(signal.SIGTERM)
+            self.assertNotIn("Warning", run.err)
+
+
+# ---- Start and stop ----------------------------------------------------------------------
+
+REFUSED = {  # name: (environment, arguments, what the one line names)
+    "a port of letters": ({"CHATSTREAM_PORT": "x"}, [], ["CHATSTREAM_PORT", "'x'", "65535"]),
+    "a port too high": ({"CHATSTREAM_PORT": "65536"}, [], ["CHATSTREAM_PORT", "65535"]),
+    "a negative number": ({"CHATSTREAM_MAX_STREAMS": "-1"}, [], ["MAX_STREAMS", "from 1"]),
+    "zero seconds": ({"CHATSTREAM_IDLE_SECONDS": "0"}, [], ["IDLE_SECONDS", "above 0"]),
+    "no number": ({"CHATSTREAM_IDLE_SECONDS": "nan"}, [], ["IDLE_SECONDS", "above 0"]),
+    "infinity": ({"CHATSTREAM_IDLE_SECONDS": "inf"}, [], ["IDLE_SECONDS", "above 0"]),
+    "a negative drain": ({"CHATSTREAM_DRAIN_SECONDS": "-1"}, [], ["DRAIN_SECONDS", "'-1'"]),
+    "no switch": ({"CHATSTREAM_REUSE_PORT": "maybe"}, [], ["REUSE_PORT", "true or false"]),
+    "no models": ({"OPENAI_MODEL": " , "}, [], ["OPENAI_MODEL", "comma-separated"]),
+    "an ftp URL": ({"OPENAI_BASE_URL": "ftp://x/"}, [], ["OPENAI_BASE_URL", "http"]),
+    "no URL": ({"OPENAI_BASE_URL": "localhost"}, [], ["OPENAI_BASE_URL", "http"]),
+    "a bad port in the URL": ({"OPENAI_BASE_URL": "http://x:99999/"}, [], ["OPENAI_BASE_URL"]),
+    "a key with a line end": ({"OPENAI_API_KEY": "sk\n1"}, [], ["OPENAI_API_KEY", "not shown"]),
+    "a bad flag": ({}, ["--port", "y"], ["CHATSTREAM_PORT", "'y'"]),
+    "an unknown flag": ({}, ["--colour", "y"], ["--colour", "--help"]),
+    "a secret flag": ({}, ["--token", "y"], ["--token"]),
+    "an open proxy": ({"CHATSTREAM_HOST": "0.0.0.0"}, [], ["CHATSTREAM_TOKEN", "127.0.0.1"]),  # noqa: S104
+    "half of TLS": ({"CHATSTREAM_TLS_CERT": "x"}, [], ["CHATSTREAM_TLS_KEY"]),
+    "no such certificate": (
+        {"CHATSTREAM_TLS_CERT": "/none", "CHATSTREAM_TLS_KEY": "/none"},
+        [],
+        ["CHATSTREAM_TLS_CERT"],
+    ),
+    "an address of another machine": (
+        {"CHATSTREAM_HOST": "192.0.2.1", "CHATSTREAM_TOKEN": "t"},
+        [],
+        ["CHATSTREAM_HOST"],
+    ),
+}
+
+
+class Start(Case):
+    async def refused(self, environment: dict[str, str], arguments: list[str]) -> str:
+        async with program(*arguments, **{"PYTHONDEVMODE": "", **environment}) as run:
+            status = await run.end()
+            self.assertEqual((status, run.out), (2, ""), run.err)
+            self.assertEqual(len(run.err.splitlines()), 1, run.err)
+            return run.err
+
+    async def test_refused(self) -> None:
+        """A bad or dangerous set-up stops the start with one line that shows the way out."""
+
+        async def check(name: str, env: dict[str, str], args: list[str], told: list[str]) -> None:
+            line = await self.refused(env, args)
+            for each in told:
+                self.assertIn(each, line, name)
+
+        rows = list(REFUSED.items())
+        for start in range(0, len(rows), 4):  # four processes at once
+            batch = rows[start : start + 4]
+            await asyncio.gather(*(check(name, *row) for name, row in batch))
+
+    async def test_port_in_use(self) -> None:
+        """The same when the port is taken."""
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = str(taken.getsockname()[1])
+            line = await self.refused({"CHATSTREAM_PORT": port}, [])
+        self.assertIn(port, line)
+        self.assertIn("CHATSTREAM_PORT", line)
+
+    def test_flags_beat_variables(self) -> None:
+        """A flag beats its variable; an empty variable is none; numbers keep their fraction."""
+        env = {"CHATSTREAM_PORT": "1", "CHATSTREAM_MAX_STREAMS": "", "OPENAI_MODEL": "a, b"}
+        args = ["--port", "2", "--idle-seconds", "0.5", "--drain-seconds", "0", "--reuse-port"]
+        settings = chatstream.read_settings(env, args)
+        self.assertEqual((settings.port, settings.max_streams), (2, 1000))
+        self.assertEqual((settings.idle_seconds, settings.drain_seconds), (0.5, 0.0))
+        self.assertEqual((settings.model, settings.reuse_port), (("a", "b"), True))
+
+    async def test_help(self) -> None:
+        """--help names every variable."""
+        async with program("--help") as run:
+            self.assertEqual(await run.end(), 0)
+        for field in dataclasses.fields(Settings):
+            self.assertIn(chatstream.variable(field.name), run.out)
+
+    async def test_shared_port(self) -> None:
+        """With CHATSTREAM_REUSE_PORT several processes listen on one port."""
+        async with program("--reuse-port") as one:
+            port = one.url.rpartition(":")[2]
+            async with program("--reuse-port", CHATSTREAM_PORT=port) as two:
+                self.assertEqual(one.url, two.url)
+
+    async def test_demo(self) -> None:
+        """With no key it answers by itself, in Markdown, with what was asked, and its models
+        show what goes wrong."""
+        async with program("--heartbeat-seconds", "0.2") as run:
+            async with self.client.get(run.url + "/v1/models") as response:
+                names = [each["id"] for each in (await response.json())["data"]]
+            self.assertEqual(tuple(names), chatstream.DEMO_MODELS)
+            tasks = [self.ask(run.url, HELLO | {"model": name}) for name in names]
+            whole, slow, cut, error, limit = await asyncio.gather(*tasks)
+            chunks = [json.loads(each)["choices"] for each in whole.payloads[:-1]]
+            text = "".join(each[0]["delta"].get("content", "") for each in chunks if each)
+            self.assertIn("demo", text)
+            self.assertIn("> Hello", text)
+            self.assertIn("OPENAI_API_KEY", text)
+            self.assertEqual(whole.payloads[-1], b"[DONE]")
+            self.assertTrue(slow.body.startswith(b": keep-alive\n\n"))
+            self.assertEqual(slow.payloads[-1], b"[DONE]")
+            self.assertEqual(cut.error["code"], "stream_truncated")
+            self.assertEqual((error.status, error.error["code"]), (200, "out_of_memory"))
+            self.assertEqual((limit.status, limit.headers["Retry-After"]), (429, "5"))
+            self.assertIn("demo", run.out + (await run.process.stdout.readline()).decode())
+
+
+class Drain(Case):
+    async def test_idle(self) -> None:
+        """With no stream running, SIGTERM and SIGINT end it within a second, with status 0,
+        also with a keep-alive connection and a half-sent body."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            async with program(OPENAI_BASE_URL="http://127.0.0.1:1/v1") as run:
+                await self.metrics(run.url)
+                _, writer = await asyncio.open_connection("127.0.0.1", urlsplit(run.url).port)
+                writer.write(b"POST /stream HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n")
+                writer.write(b"Content-Type: application/json\r\n\r\n{")
+                await asyncio.sleep(0.1)
+                started = time.monotonic()
+                self.assertEqual(await run.end(number), 0)
+                self.assertLess(time.monotonic() - started, 1)
+                self.assertNotIn("Traceback", run.err)
+                writer.close()
+
+    async def test_running_streams_go_on(self) -> None:
+        """Streams that run are finished; meanwhile new ones are refused, and nobody can
+        connect."""
+        go = asyncio.Event()
+
+        async def waits(call: Call) -> None:
+            await call.start()
+            await call.send(framed(HELLO_CHUNK))
+            await go.wait()
+            await call.send(TAIL)
+
+        # Not in development mode, where asyncio tells of a connection that comes while it closes.
+        env = {"PYTHONDEVMODE": ""}
+        async with upstream(waits) as up, program(OPENAI_BASE_URL=up.url, **env) as run:
+            async with self.client.get(run.url + "/readyz") as response:  # and stays open
+                self.assertEqual(response.status, 200)
+            async with self.post(run.url) as response:
+                await response.content.readuntil(b"\n\n")
+                await asyncio.gather(*(self.metrics(run.url) for _ in range(3)))
+                run.process.send_signal(signal.SIGTERM)
+                await self.until_closed(run.url)
+                for path, status in (("/readyz", 503), ("/healthz", 200)):
+                    async with self.client.get(run.url + path) as probe:
+                        self.assertEqual(probe.status, status)
+                        self.assertEqual(probe.headers["Connection"], "close")
+                answer = await self.ask(run.url)
+                self.assertEqual((answer.status, answer.error["code"]), (503, "server_draining"))
+                self.assertEqual(answer.headers["Connection"], "close")
+                self.assertIn("Retry-After", answer.headers)
+                go.set()
+                self.assertTrue((await response.read()).endswith(DONE))
+            self.assertEqual(await run.end(), 0)
+            self.assertNotIn("Traceback", run.err)
+
+    async def until_closed(self, url: str) -> None:
+        async with asyncio.timeout(PATIENCE):
+            with suppress(OSError):
+                while True:
+                    _, writer = await asyncio.open_connection("127.0.0.1", urlsplit(url).port)
+                    writer.close()
+                    await asyncio.sleep(0.01)
+
+    async def test_deadline(self) -> None:
+        """Those left at the deadline are told: in-band, or by 503 if nothing was sent yet; a
+        stalled reader holds nobody up."""
+        flood = sends(*([framed(HELLO_CHUNK) * 5000] * 40))
+
+        async def mixed(call: Call) -> None:
+            await {"a": silent, "b": stalls, "c": flood}[call.body["model"]](call)
+
+        env = {"OPENAI_MODEL": "a,b,c", "CHATSTREAM_DRAIN_SECONDS": "0.3"}
+        async with upstream(mixed) as up, program(OPENAI_BASE_URL=up.url, **env) as run:
+            body = json.dumps(HELLO | {"model": "c"})
+            async with self.client.post(run.url + "/stream", data=body, headers=JSON):
+                asks = [self.ask(run.url, HELLO | {"model": model}) for model in "ab"]
+                tasks = [asyncio.ensure_future(each) for each in asks]
+                await self.eventually(lambda: len(up.calls) == 3)
+                started = time.monotonic()
+                self.assertEqual(await run.end(signal.SIGTERM), 0)
+                self.assertLess(time.monotonic() - started, 2.5)
+                silent_one, begun = await asyncio.gather(*tasks)
+        self.assertEqual((silent_one.status, silent_one.error["code"]), (503, "server_draining"))
+        self.assertEqual((begun.status, begun.error["code"]), (200, "server_draining"))
+        self.assertEqual(run.err.count("outcome=drained"), 3)
+        self.assertNotIn("Traceback", run.err)
+
+    async def test_second_signal(self) -> None:
+        """A second signal ends it at once, with status 1."""
+        async with upstream(stalls) as up, program(OPENAI_BASE_URL=up.url) as run:
+            async with self.post(run.url) as response:
+                await response.content.readuntil(b"\n\n")
+                run.process.send_signal(signal.SIGINT)
+                await self.until_closed(run.url)
+                started = time.monotonic()
+                self.assertEqual(await run.end(signal.SIGINT), 1)
+                self.assertLess(time.monotonic() - started, 0.5)
+
+    async def test_without_loop_signal_handlers(self) -> None:
+        """It drains on a loop without signal handlers too, as Windows has it."""
+        code = (
+            "import asyncio, sys, chatstream\n"
+            "def refuse(*_): raise NotImplementedError\n"
+            "asyncio.SelectorEventLoop.add_signal_handler = refuse\n"
+            "sys.exit(chatstream.main())"
+        )
+        async with program(command=("-c", code)) as run:
+            self.assertEqual(await run.end(signal.SIGINT), 0)
+            self.assertNotIn("Traceback", run.err)
 
 
 if __name__ == "__main__":
