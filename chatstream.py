@@ -44,7 +44,6 @@ import re
 import signal
 import ssl
 import urllib.request
-import uuid
 from bisect import bisect_left
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -58,6 +57,7 @@ NEEDS_AIOHTTP = "chatstream needs aiohttp 3.14.2 or newer: pip install 'aiohttp>
 try:
     import aiohttp
     from aiohttp import web
+    from aiohttp.abc import AbstractStreamWriter
 except ModuleNotFoundError:
     sys.exit(NEEDS_AIOHTTP)
 # Older ones hand a half-read connection to the next request (aio-libs/aiohttp#12795, #12953).
@@ -192,6 +192,12 @@ class Settings:
     @property
     def demo(self) -> bool:
         return not self.api_key and not self.base_url
+
+    @property
+    def look_seconds(self) -> float:
+        """How often a stream's timer looks: so often that no limit is missed by much."""
+        limits = (self.idle_seconds, self.write_seconds, self.heartbeat_seconds)
+        return min(1.0, *(limit / 8 for limit in limits))
 
 
 def variable(name: str) -> str:
@@ -361,14 +367,22 @@ def refuse_constant(name: str) -> NoReturn:
 
 
 decode_json = json.JSONDecoder(parse_constant=refuse_constant).raw_decode
+encode_json = json.JSONEncoder(allow_nan=False).encode
+
+
+def parse_json(data: bytes) -> Any:
+    """JSON as RFC 8259 has it, white space around it allowed. Raises ValueError for all else,
+    bad UTF-8 too, and RecursionError for deep nesting."""
+    text = data.decode().strip(" \t\r\n")
+    value, end = decode_json(text)
+    if end != len(text):
+        raise ValueError("more than one value")
+    return value
 
 
 def parse_object(data: bytes) -> Chat:
-    """One JSON object (RFC 8259), white space around it allowed. Raises ValueError for all
-    else, bad UTF-8 too, and RecursionError for deep nesting."""
-    text = data.decode().strip(" \t\r\n")
-    value, end = decode_json(text)
-    if end != len(text) or not isinstance(value, dict):
+    value = parse_json(data)
+    if not isinstance(value, dict):
         raise ValueError("no JSON object")
     return value
 
@@ -400,7 +414,7 @@ def validate(data: bytes, allowed: tuple[str, ...]) -> bytes:
     """The body to send on for the body received: encoded anew from what was checked, so that
     a repeated key cannot slip a model past the check. Raises Failure."""
     try:
-        chat = json.loads(data.decode(), parse_constant=refuse_constant)
+        chat = parse_json(data)
         if not isinstance(chat, dict):
             raise Failure("invalid_request")
         if chat.get("stream") is not None and chat["stream"] is not True:
@@ -413,7 +427,7 @@ def validate(data: bytes, allowed: tuple[str, ...]) -> bytes:
         chat["model"] = choose_model(chat.get("model"), allowed)
         if chat["model"] is None:
             del chat["model"]
-        return json.dumps(chat | {"stream": True}, allow_nan=False).encode()
+        return encode_json(chat | {"stream": True}).encode()
     except (ValueError, RecursionError):  # no UTF-8, no JSON, 1e999, nested 100,000 deep
         raise Failure("invalid_json") from None
 
@@ -477,15 +491,19 @@ class EventParser:
     def take(self, line: bytes) -> None:
         name, _, value = line.partition(b":")
         value = value.removeprefix(b" ")
-        if name == b"data" or name == b"error":
+        if name in (b"data", b"error"):
             self.size += len(value)
             if self.size > self.limit:
                 raise EventTooLarge
             self.data.append(value)
-        if name == b"event" or name == b"error":
+        if name in (b"event", b"error"):
             self.name = value if name == b"event" else name
         elif name not in (b"", b"data", b"id", b"retry"):  # b"": a comment
             self.stray = True
+
+    def is_inside(self) -> bool:
+        """Whether an event has begun and not ended."""
+        return bool(self.partial or self.data or self.name)
 
     def close(self) -> Iterator[Event]:
         """The event that lacks only its blank line, or its newline; upstreams do that."""
@@ -497,6 +515,7 @@ class EventParser:
 
 DONE = b"data: [DONE]\n\n"
 HEARTBEAT = b": keep-alive\n\n"
+CONTENT = re.compile(rb'"content": ?"')  # in valid JSON the start of a string, wherever it is
 
 
 def as_chunk(completion: Chat) -> bytes:
@@ -505,7 +524,7 @@ def as_chunk(completion: Chat) -> bytes:
     for choice in choices:
         choice["delta"] = choice.pop("message", {})
     chunk = {**completion, "object": "chat.completion.chunk", "choices": choices}
-    return json.dumps(chunk, allow_nan=False).encode()
+    return encode_json(chunk).encode()
 
 
 class Relay:
@@ -522,19 +541,49 @@ class Relay:
         self.finished = False  # a `finish_reason` came: the end may follow without [DONE]
         self.done = False
         self.failure: Failure | None = None
+        self.frame: tuple[bytes, bytes] | None = None  # of an event: see learn()
         self.is_json: bool | None = None  # no stream: some upstreams answer in one piece
         self.body = bytearray()
 
     def feed(self, piece: bytes) -> bytes:
         """What goes out now that this piece has come."""
+        if self.frame and self.differs_in_text(piece, *self.frame):
+            self.heard += 1
+            self.events += 1
+            return piece
         if self.is_json is None:
             self.is_json = piece.lstrip().startswith(b"{")
-        if not self.is_json:
-            return self.forward(self.parser.feed(piece))
-        self.body += piece
-        if len(self.body) > self.parser.limit:
-            self.failure = Failure("event_too_large")
-        return b""
+        if self.is_json:
+            self.body += piece
+            if len(self.body) > self.parser.limit:
+                self.failure = Failure("event_too_large")
+            return b""
+        heard, out = self.heard, self.forward(self.parser.feed(piece))
+        if self.heard == heard + 1 and out == piece:
+            self.learn(piece)
+        return out
+
+    def differs_in_text(self, piece: bytes, head: bytes, tail: bytes) -> bool:
+        """Whether this piece is one event, the same as one that was checked but for its text.
+
+        Nearly every token comes so, and the JSON parser is most of what one costs. A string
+        that holds no quote, no backslash and no control character cannot end early or be
+        bad, and the rest is what was parsed before: so the whole is as valid as that was."""
+        if not (piece.startswith(head) and piece.endswith(tail)) or self.parser.is_inside():
+            return False
+        try:
+            text = piece[len(head) : -len(tail)].decode()
+        except UnicodeDecodeError:
+            return False
+        fits = len(head) + len(tail) <= len(piece) <= self.parser.limit
+        return fits and text.isprintable() and '"' not in text and "\\" not in text
+
+    def learn(self, piece: bytes) -> None:
+        """Takes the event apart: b'data: {…"content":"', its text, b'"…}\\n\\n'."""
+        if start := CONTENT.search(piece):
+            text, quote, rest = piece[start.end() :].partition(b'"')
+            if b"\\" not in text:
+                self.frame = (piece[: start.end()], quote + rest)
 
     def forward(self, events: Iterable[Event]) -> bytes:
         """The events that may go out, each as exactly b"data: PAYLOAD\\n\\n"."""
@@ -681,7 +730,6 @@ class Metrics:
 # A request on its way. Its timer, the drain and the log look at it from outside, so it is an
 # object; what it does is in `Chatstream` below.
 
-LOOK_SECONDS = 1.0  # how often the timer looks, at the least
 COMMON_HEADERS = {"Server": "chatstream", "X-Content-Type-Options": "nosniff"}
 STREAM_HEADERS = COMMON_HEADERS | {
     "Content-Type": "text/event-stream; charset=utf-8",
@@ -690,15 +738,18 @@ STREAM_HEADERS = COMMON_HEADERS | {
 }
 
 
+class EventStream(web.StreamResponse):
+    _send_headers_immediately = False  # they go out with the first event, in one packet
+
+
 class Stream:
-    def __init__(
-        self, request: web.BaseRequest, settings: Settings, secrets: tuple[str, ...]
-    ) -> None:
+    def __init__(self, request: web.BaseRequest, settings: Settings, relay: Relay) -> None:
         wanted = request.headers.get("X-Request-Id", "")
-        self.id = wanted if re.fullmatch(r"[A-Za-z0-9._-]{1,128}", wanted) else uuid.uuid4().hex
+        sane = re.fullmatch(r"[A-Za-z0-9._-]{1,128}", wanted)
+        self.id = wanted if sane else os.urandom(12).hex()
         self.request = request
         self.settings = settings
-        self.relay = Relay(settings.max_event_bytes, secrets)
+        self.relay = relay
         self.loop = asyncio.get_running_loop()
         self.task = asyncio.current_task()
         self.response: web.StreamResponse | None = None  # made when the status is settled
@@ -707,58 +758,62 @@ class Stream:
         self.cause = ""
         self.status = 0
         self.first_event: float | None = None
-        self.started = self.sent = self.since = self.loop.time()
-        self.writing = False  # `since` when: we wait for the client, else for the upstream
-        self.limit: asyncio.Timeout | None = None
-        self.verdict: Failure | None = None
+        # For the timer: what it saw last, and when that changed
+        self.receiving = True  # the request's body is not here yet
+        self.started = self.moved_at = self.sent_at = self.loop.time()
+        self.moved = (0, 0)
+        self.sent = 0
         self.timer: asyncio.TimerHandle | None = None
         self.beating: asyncio.Task[None] | None = None
+        self.limit: asyncio.Timeout | None = None
+        self.verdict: Failure | None = None
 
-    async def open(self) -> web.StreamResponse:
+    async def open(self) -> AbstractStreamWriter:
         """The point of no return: the status is 200 from here on."""
-        headers = STREAM_HEADERS | {"X-Request-Id": self.id}
-        self.response = web.StreamResponse(headers=headers)
-        self.status = 200
-        await self.response.prepare(self.request)
-        return self.response
-
-    async def send(self, data: bytes, last: bool = False) -> None:
-        """Waits while the client reads too slowly, and so lets the upstream wait too: that
-        is the whole back-pressure. Raises ConnectionError when the client has gone."""
-        response = self.response or await self.open()
-        self.since, self.writing = self.loop.time(), True
-        await (response.write_eof(data) if last else response.write(data))
-        self.since = self.sent = self.loop.time()
-        self.writing = False
+        if self.response is None:
+            self.response = EventStream(headers=STREAM_HEADERS | {"X-Request-Id": self.id})
+            self.status = 200
+        writer = await self.response.prepare(self.request)
+        assert writer is not None
+        return writer
 
     def tick(self) -> None:
-        """The one timer of a stream. A deadline moved at each read would cost more than the
-        read; so reads and writes note the time, and this looks whether it is too late."""
-        now, settings = self.loop.time(), self.settings
-        limit = settings.write_seconds if self.writing else settings.idle_seconds
-        left = self.since + limit - now
-        until_beat = self.sent + settings.heartbeat_seconds - now
-        if left <= 0 and self.writing:
-            self.drop_client()
-        elif left <= 0:
-            self.stop(Failure("upstream_timeout"))
-        elif until_beat <= 0 and not self.writing:
-            self.sent, until_beat = now, settings.heartbeat_seconds
+        """The one timer of a stream. To set a deadline at each read and write would cost more
+        than they do; so they only count, and this looks once in a while what has moved."""
+        now, settings, relay = self.loop.time(), self.settings, self.relay
+        transport = self.request.transport
+        unread = transport.get_write_buffer_size() if transport else 0
+        if self.moved != (relay.heard, unread):
+            self.moved, self.moved_at = (relay.heard, unread), now
+        if self.sent != relay.events:
+            self.sent, self.sent_at = relay.events, now
+        waits_for_client = self.receiving or unread > 0
+        limit = settings.write_seconds if waits_for_client else settings.idle_seconds
+        left = self.moved_at + limit - now
+        until_beat = self.sent_at + settings.heartbeat_seconds - now
+        if left <= 0:
+            self.give_up(unread)
+        elif until_beat <= 0 and not waits_for_client:
+            self.sent_at = now
             self.beating = self.loop.create_task(self.beat())
-        self.check_upstream()
-        waits = [each for each in (left, until_beat) if each > 0]
-        limits = (settings.write_seconds, settings.idle_seconds, LOOK_SECONDS)
-        self.timer = self.loop.call_later(min(*waits, *limits), self.tick)
+        self.end_broken_body()
+        delays = (left, until_beat, settings.look_seconds)
+        self.timer = self.loop.call_later(min(d for d in delays if d > 0), self.tick)
+
+    def give_up(self, unread: int) -> None:
+        if unread:
+            self.drop_client()
+        else:
+            self.stop(Failure("request_timeout" if self.receiving else "upstream_timeout"))
 
     async def beat(self) -> None:
         """A comment, so that proxies and people know that the silence is no breakdown."""
         with suppress(ConnectionError):
-            response = self.response or await self.open()
-            await response.write(HEARTBEAT)
+            await (await self.open()).write(HEARTBEAT)
 
-    def check_upstream(self) -> None:
-        """Broken chunked encoding makes aiohttp drop the connection without a word to the
-        reader, who would wait for the idle limit: end the body for it."""
+    def end_broken_body(self) -> None:
+        """Broken chunked encoding makes aiohttp drop the upstream's connection without a word
+        to the reader, who would wait for the idle limit."""
         answer = self.upstream
         if answer and answer.connection and answer.connection.closed:
             answer.content.feed_eof()
@@ -941,10 +996,11 @@ class Chatstream:
 
     async def chat(self, stream: Stream) -> web.StreamResponse | None:
         """Check the request; ask the upstream; relay what it says; let it go, come what may."""
-        body = validate(await self.read_body(stream.request), self.settings.model)
-        self.admit(stream)
+        stream.tick()
         try:
-            async with asyncio.timeout(None) as stream.limit:  # Stream.stop() pulls it
+            async with asyncio.timeout(None) as stream.limit:  # which Stream.stop() pulls
+                body = validate(await self.read_body(stream.request), self.settings.model)
+                self.admit(stream)
                 answer = await self.ask(stream, body)
                 await self.pass_on(stream, answer)
         except TimeoutError:
@@ -956,7 +1012,7 @@ class Chatstream:
         return stream.response
 
     async def read_body(self, request: web.BaseRequest) -> bytes:
-        """The request's body, within its limits of size and time. Raises Failure."""
+        """The request's body. Raises Failure; how long it may take, Stream.tick() watches."""
         limit = self.settings.max_body_bytes
         if (request.content_length or 0) > limit:
             raise Failure("body_too_large")
@@ -964,13 +1020,10 @@ class Chatstream:
             request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")  # aiohttp's server does not
         body = bytearray()
         try:
-            async with asyncio.timeout(self.settings.write_seconds):
-                while piece := await request.content.readany():
-                    body += piece
-                    if len(body) > limit:
-                        raise Failure("body_too_large")
-        except TimeoutError:
-            raise Failure("request_timeout") from None
+            while piece := await request.content.readany():
+                body += piece
+                if len(body) > limit:
+                    raise Failure("body_too_large")
         except (web.RequestPayloadError, aiohttp.http_exceptions.HttpProcessingError):
             raise Failure("invalid_request", "The request body's encoding is broken.") from None
         return bytes(body)
@@ -981,7 +1034,8 @@ class Chatstream:
         if len(self.live) >= self.settings.max_streams:
             raise Failure("too_many_streams", headers=RETRY_SOON)
         self.live.add(stream)
-        stream.tick()
+        stream.receiving = False
+        stream.moved_at = stream.sent_at = stream.loop.time()
 
     async def ask(self, stream: Stream, body: bytes) -> aiohttp.ClientResponse:
         """The upstream's answer, if it is one to relay. Raises Failure for any other."""
@@ -1042,7 +1096,7 @@ class Chatstream:
             raise Failure("upstream_error", cause=cause)
         body = await read_whole(answer, self.settings.max_event_bytes)
         try:
-            said = json.loads(body)
+            said = parse_json(body)
         except (ValueError, RecursionError):
             said = None
         kept = {
@@ -1055,22 +1109,26 @@ class Chatstream:
         )
 
     async def pass_on(self, stream: Stream, answer: aiohttp.ClientResponse) -> None:
-        """Relays the upstream's events, each the moment its last byte is in."""
-        relay = stream.relay
-        while not relay.done:
-            piece, heard = await read(answer), relay.heard
-            if piece:
-                out = relay.feed(piece)
+        """Relays the upstream's events, each the moment its last byte is in. While the client
+        reads too slowly the write waits, and so the upstream does: that is the back-pressure."""
+        relay, read = stream.relay, answer.content.readany
+        writer: AbstractStreamWriter | None = None
+        while not relay.failure:
+            try:
+                piece = await read()
+            except BROKEN:
+                out = relay.close(cut=True)
             else:
-                out = relay.close(cut=answer.content.exception() is not None)
-            if relay.heard > heard:
-                stream.since = stream.loop.time()
-            if relay.events and stream.first_event is None:
-                stream.first_event = stream.since - stream.started
-            if out:
-                await stream.send(out, last=relay.done)
-            if relay.failure:
-                raise relay.failure
+                out = relay.feed(piece) if piece else relay.close(cut=False)
+            if not out:
+                continue
+            if writer is None:
+                stream.first_event = stream.loop.time() - stream.started
+                writer = await stream.open()
+            if relay.done:
+                return await writer.write_eof(out)
+            await writer.write(out)
+        raise relay.failure
 
     # -- the other routes
 
@@ -1121,7 +1179,8 @@ class Chatstream:
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """The one place where a failure becomes an answer, and where a stream is settled."""
-        stream = Stream(request, self.settings, self.secrets)
+        relay = Relay(self.settings.max_event_bytes, self.secrets)
+        stream = Stream(request, self.settings, relay)
         try:
             response = await self.route(stream)
         except asyncio.CancelledError:  # aiohttp's word for: the client has gone
@@ -1203,7 +1262,7 @@ class Chatstream:
             headers = {"Content-Type": "application/json", "Cache-Control": "no-store"}
             return web.Response(status=failure.status, body=body, headers=headers | failure.headers)
         with suppress(ConnectionError):
-            await stream.send(b"data: %b\n\n" % body, last=True)
+            await (await stream.open()).write_eof(b"data: %b\n\n" % body)
         return stream.response
 
     def settle(self, stream: Stream) -> None:
@@ -1284,7 +1343,8 @@ class Chatstream:
 
     async def wait_for_streams(self, seconds: float) -> None:
         if self.live:
-            await asyncio.wait([stream.task for stream in self.live], timeout=seconds)
+            tasks = [stream.task for stream in self.live if stream.task]
+            await asyncio.wait(tasks, timeout=seconds)
 
     async def stop(self) -> None:
         await self.session.close()
