@@ -4,13 +4,13 @@
 # ///
 """chatstream: a streaming chat server in one file, to run and to learn from.
 
-    pip install aiohttp && python chatstream.py      # then open http://localhost:8080
+    pip install "aiohttp>=3.14.2,<4" && python chatstream.py   # then open http://localhost:8080
 
 The way of one token, from the upstream (any OpenAI-compatible model server) to a pixel:
 
     upstream ──bytes──> EventParser ──events──> Relay ──`data: {…}\\n\\n`──> client ──> pixel
-        ^                (lines, any split)      (checks, normalises)          │
-        └──────── abort: the client left, the drain is over, nothing comes ────┘
+        ^               lines, any split        what may go out               │
+        └───────── abort: the client left, the time is up, we shut down ──────┘
 
     GET  /                      the page (index.html)
     POST /stream                a chat completion, streamed
@@ -21,7 +21,7 @@ The way of one token, from the upstream (any OpenAI-compatible model server) to 
     GET  /metrics               Prometheus text format
 
 Read `Chatstream.chat` first: it is the whole program in four sentences. Above it stand the
-parts without I/O (settings, errors, validation, events), below it the server around it.
+parts without I/O (settings, errors, requests, events), below it the server around it.
 """
 
 import sys
@@ -70,87 +70,71 @@ Chat = dict[str, Any]  # a chat-completions request or chunk, as parsed JSON
 
 
 # ---- Settings ----------------------------------------------------------------------------
-# One dataclass. The environment variables, the flags and --help are read off it, so that a
-# new setting is one new line. First the kinds of value: the docstring of each is what a
-# person is told when a value is bad.
+# One dataclass, from which the environment variables, the flags and --help are read off: a
+# new setting is one new line.
 
 
 class BadSetting(Exception):
     """The set-up cannot work, or is not safe: one line for stderr, exit status 2."""
 
 
-def as_text(value: str) -> str:
-    """a text"""
-    return value
+class Kind(NamedTuple):
+    allowed: str  # what a person is told when a value is bad
+    read: Callable[[str], Any]  # raises ValueError or KeyError for such a value
 
 
-def as_secret(value: str) -> str:
-    """visible ASCII characters, since it travels in a header"""
-    if not re.fullmatch(r"[!-~]+", value):
+def read_secret(text: str) -> str:
+    if not re.fullmatch(r"[!-~]+", text):
         raise ValueError
-    return value
+    return text
 
 
-def as_names(value: str) -> tuple[str, ...]:
-    """one name or more, comma-separated"""
-    names = tuple(name.strip() for name in value.split(",") if name.strip())
+def read_names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
     if not names:
         raise ValueError
     return names
 
 
-def as_url(value: str) -> str:
-    """an http(s) URL such as http://localhost:11434/v1, without password, ? or #"""
-    url = urlsplit(value)  # .port raises ValueError for a bad one
-    if url.scheme not in ("http", "https") or not url.hostname or url.port == 0:
+def read_url(text: str) -> str:
+    url = urlsplit(text)
+    good = url.scheme in ("http", "https") and url.hostname and url.port != 0  # may raise
+    if not good or re.search(r"[\s?#@]", text):
         raise ValueError
-    if re.search(r"[\s?#@]", value):
-        raise ValueError
-    return value.rstrip("/")
+    return text.rstrip("/")
 
 
-def as_port(value: str) -> int:
-    """a whole number from 0 to 65535"""
-    if not 0 <= int(value) <= 65535:
-        raise ValueError
-    return int(value)
+def number(of: type[int] | type[float], least: float, most: float) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        value = of(text)
+        if not least <= value <= most:
+            raise ValueError
+        return value
+
+    return read
 
 
-def as_count(value: str) -> int:
-    """a whole number from 1"""
-    if int(value) < 1:
-        raise ValueError
-    return int(value)
+LEAST, MOST = math.ulp(0), sys.float_info.max  # the smallest number above 0, and the largest
+TEXT = Kind("a text", str)
+SECRET = Kind("visible ASCII characters, since it travels in a header", read_secret)
+NAMES = Kind("one name or more, comma-separated", read_names)
+URL = Kind("an http(s) URL such as http://localhost:11434/v1, no password, ? or #", read_url)
+PORT = Kind("a whole number from 0 to 65535", number(int, 0, 65535))
+COUNT = Kind("a whole number from 1", number(int, 1, sys.maxsize))
+SECONDS = Kind("a number of seconds above 0", number(float, LEAST, MOST))
+SECONDS_OR_0 = Kind("a number of seconds, 0 or above", number(float, 0, MOST))
+SWITCHES = {"true": True, "1": True, "false": False, "0": False}
+SWITCH = Kind("true or false", lambda text: SWITCHES[text.lower()])
 
 
-def as_seconds(value: str) -> float:
-    """a number of seconds above 0"""
-    if not 0 < float(value) < math.inf:
-        raise ValueError
-    return float(value)
-
-
-def as_drain_seconds(value: str) -> float:
-    """a number of seconds, 0 or above"""
-    return 0.0 if float(value) == 0 else as_seconds(value)
-
-
-def as_switch(value: str) -> bool:
-    """true or false"""
-    return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
-
-
-def spell(value: Any) -> str:
-    """A default as a person types it: `("a", "b")` -> `a,b`, False -> `false`."""
-    if isinstance(value, tuple):
-        return ",".join(value)
-    return f"{value:g}" if isinstance(value, float) else str(value).lower()
-
-
-def setting(kind: Callable[[str], Any], default: Any, what: str, shown: str = "") -> Any:
+def setting(kind: Kind, default: Any, what: str, shown: str = "") -> Any:
     """A field of Settings: how its text is read, its default, and a line for --help."""
-    told = {"kind": kind, "what": what, "shown": shown or spell(default)}
-    return field(default=default, repr=kind is not as_secret, metadata=told)
+    if isinstance(default, tuple):
+        shown = ",".join(default)
+    elif not shown:
+        shown = f"{default:g}" if isinstance(default, float) else str(default).lower()
+    told = {"kind": kind, "what": what, "shown": shown}
+    return field(default=default, repr=kind is not SECRET, metadata=told)
 
 
 OPENAI_URL = "https://api.openai.com/v1"
@@ -161,24 +145,26 @@ class Settings:
     """All that can be set. Secrets have no flag (anybody on the machine can read those) and
     no place in the `repr`. Raises BadSetting where the set-up would not be safe."""
 
-    api_key: str = setting(as_secret, "", "the upstream's key; with neither it nor a URL: the demo")
-    base_url: str = setting(as_url, "", "any OpenAI-compatible upstream", OPENAI_URL)
-    model: tuple[str, ...] = setting(as_names, ("gpt-4o-mini",), "models allowed; * = any")
-    host: str = setting(as_text, "127.0.0.1", "address to listen on; public ones need a token")
-    port: int = setting(as_port, 8080, "port; 0 = any free one")
-    token: str = setting(as_secret, "", "access token that clients must send")
-    allowed_hosts: tuple[str, ...] = setting(as_names, (), "further Host names served")
-    max_streams: int = setting(as_count, 1000, "streams at once; one more gets 503")
-    max_body_bytes: int = setting(as_count, 1048576, "longest request body")
-    max_event_bytes: int = setting(as_count, 1048576, "longest upstream event; bounds memory")
-    connect_seconds: float = setting(as_seconds, 10.0, "to connect to the upstream")
-    idle_seconds: float = setting(as_seconds, 300.0, "longest upstream silence; models think")
-    write_seconds: float = setting(as_seconds, 30.0, "longest time a client may read nothing")
-    heartbeat_seconds: float = setting(as_seconds, 10.0, "a silent stream gets a comment so often")
-    drain_seconds: float = setting(as_drain_seconds, 30.0, "a shutdown waits so long for streams")
-    tls_cert: str = setting(as_text, "", "PEM file: serve HTTPS")
-    tls_key: str = setting(as_text, "", "PEM file: the certificate's key")
-    reuse_port: bool = setting(as_switch, False, "processes may share the port, one per core")
+    api_key: str = setting(SECRET, "", "the upstream's key; with neither it nor a URL: the demo")
+    base_url: str = setting(URL, "", "any OpenAI-compatible upstream", OPENAI_URL)
+    model: tuple[str, ...] = setting(
+        NAMES, ("gpt-4o-mini",), "models that may be asked for, the default one first; * = any"
+    )
+    host: str = setting(TEXT, "127.0.0.1", "address to listen on; a public one needs a token")
+    port: int = setting(PORT, 8080, "port; 0 = any free one")
+    token: str = setting(SECRET, "", "access token that clients must send")
+    allowed_hosts: tuple[str, ...] = setting(NAMES, (), "further Host names served")
+    max_streams: int = setting(COUNT, 1000, "streams at once; one more gets 503")
+    max_body_bytes: int = setting(COUNT, 1048576, "longest request body")
+    max_event_bytes: int = setting(COUNT, 1048576, "longest upstream event: bounds the memory")
+    connect_seconds: float = setting(SECONDS, 10.0, "longest time to connect to the upstream")
+    idle_seconds: float = setting(SECONDS, 300.0, "longest silence of an upstream that thinks")
+    write_seconds: float = setting(SECONDS, 30.0, "longest time a client may read nothing")
+    heartbeat_seconds: float = setting(SECONDS, 10.0, "how often a silent stream gets a comment")
+    drain_seconds: float = setting(SECONDS_OR_0, 30.0, "how long a shutdown waits for streams")
+    tls_cert: str = setting(TEXT, "", "PEM file of a certificate: serve HTTPS")
+    tls_key: str = setting(TEXT, "", "PEM file of the certificate's key")
+    reuse_port: bool = setting(SWITCH, False, "let processes share the port, one per core")
 
     def __post_init__(self) -> None:
         if not self.token and not is_loopback(self.host):
@@ -190,26 +176,22 @@ class Settings:
             raise BadSetting("CHATSTREAM_TLS_CERT and CHATSTREAM_TLS_KEY: set both or neither")
 
     @property
-    def demo(self) -> bool:
-        return not self.api_key and not self.base_url
-
-    @property
     def look_seconds(self) -> float:
         """How often a stream's timer looks: so often that no limit is missed by much."""
         limits = (self.idle_seconds, self.write_seconds, self.heartbeat_seconds)
-        return min(1.0, *(limit / 8 for limit in limits))
-
-
-def variable(name: str) -> str:
-    """A field's environment variable: `port` -> CHATSTREAM_PORT, `model` -> OPENAI_MODEL."""
-    prefix = "OPENAI" if name in ("api_key", "base_url", "model") else "CHATSTREAM"
-    return f"{prefix}_{name.upper()}"
+        return min(1.0, min(limits) / 8)
 
 
 def is_loopback(host: str) -> bool:
     with suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host == "localhost"
+
+
+def variable(name: str) -> str:
+    """A field's environment variable: `port` -> CHATSTREAM_PORT, `model` -> OPENAI_MODEL."""
+    prefix = "OPENAI" if name in ("api_key", "base_url", "model") else "CHATSTREAM"
+    return f"{prefix}_{name.upper()}"
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -220,17 +202,16 @@ class ArgumentParser(argparse.ArgumentParser):
 def argument_parser() -> ArgumentParser:
     """--help, and a flag for every field that is no secret."""
     parser = ArgumentParser("chatstream.py", allow_abbrev=False)
-    parser.description = "Serves a chat page and streams OpenAI-compatible completions to it."
+    parser.description = "Serves a chat page, and streams OpenAI-compatible completions to it."
     parser.epilog = "Secrets have a variable and no flag: "
     for each in fields(Settings):
-        told = each.metadata
-        if told["kind"] is as_secret:
-            parser.epilog += f"{variable(each.name)} ({told['what']}). "
+        kind, what, shown = each.metadata.values()
+        if kind is SECRET:
+            parser.epilog += f"{variable(each.name)} ({what}). "
             continue
-        value: Any = {"nargs": "?", "const": "true"} if told["kind"] is as_switch else {}
-        what = f"{told['what']} [{variable(each.name)}, {told['shown'] or 'not set'}]"
-        flag = "--" + each.name.replace("_", "-")
-        parser.add_argument(flag, metavar=told["kind"].__name__[3:].upper(), help=what, **value)
+        more: Any = {"nargs": "?", "const": "true"} if kind is SWITCH else {}
+        flag, told = "--" + each.name.replace("_", "-"), f"{variable(each.name)}, {shown or '–'}"
+        parser.add_argument(flag, metavar="…", help=f"{what} [{told}]", **more)
     return parser
 
 
@@ -240,22 +221,22 @@ def read_settings(environ: Mapping[str, str], arguments: list[str]) -> Settings:
     values = {}
     for each in fields(Settings):
         name, kind = variable(each.name), each.metadata["kind"]
-        value = flags.get(each.name)
-        if value is None:
-            value = environ.get(name, "").strip()
-            if not value:  # set but empty counts as unset: compose files write `X: ${X}`
+        text = flags.get(each.name)
+        if text is None:
+            text = environ.get(name, "").strip()
+            if not text:  # set but empty counts as unset: compose files write `X: ${X}`
                 continue
         try:
-            values[each.name] = kind(value)
+            values[each.name] = kind.read(text)
         except (ValueError, KeyError):
-            shown = "(not shown)" if kind is as_secret or "@" in value else repr(value)
-            raise BadSetting(f"{name}={shown} must be {kind.__doc__}") from None
+            shown = "(not shown)" if kind is SECRET or "@" in text else repr(text)
+            raise BadSetting(f"{name}={shown} must be {kind.allowed}") from None
     return Settings(**values)
 
 
 # ---- Errors ------------------------------------------------------------------------------
-# Raise early, convert once: every failure is a Failure, and `Chatstream.handle` alone turns it
-# into an answer. Before the first event that is an HTTP status and JSON; after it, one event.
+# Raise early, convert once: all that goes wrong is a Failure, and `Chatstream.handle` alone
+# turns it into an answer: a status and JSON before the first event, after it one event.
 
 ERRORS = {
     # code: (status, outcome in the metrics, message)
@@ -285,30 +266,22 @@ ERRORS = {
     "server_draining": (503, "rejected", "This server is shutting down."),
     "upstream_timeout": (504, "timeout", "The model server did not answer in time."),
 }
-TYPES = {401: "authentication_error", 429: "rate_limit_error", 502: "upstream_error"}
-TYPES |= {500: "server_error", 503: "server_error", 504: "upstream_error"}
-
-# What an upstream's own message must not carry out: addresses inside the network, file paths
-# (of two names or more; /v1/… is no file).
-PRIVATE = re.compile(
-    r"\b(?:localhost|127\.\d+|10\.\d+|192\.168|172\.(?:1[6-9]|2\d|3[01])|169\.254)[.\d]*(?::\d+)?\b"
-    r"|(?<![\w:/.])/(?!v\d)[\w.-]+(?:/[\w.-]+)+|\b[A-Z]:\\[^\s'\"]+"
-)
-MARKUP = re.compile(r"<(?:!doctype|html|head|body)\b|Traceback \(most recent", re.IGNORECASE)
+TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error"}
+TYPES |= {502: "upstream_error", 503: "server_error", 504: "upstream_error"}
+RETRY_SOON = {"Retry-After": "1"}
 
 
 class Failure(Exception):
-    """Why a request has no complete answer: a code of ERRORS, and what departs from its row.
-
-    `cause` is for the log alone; all else is what the client may know."""
+    """Why a request has no complete answer: a code of ERRORS, and what departs from its row
+    (status, outcome, type, code, param, headers). `cause` is for the log alone."""
 
     def __init__(self, code: str, message: str = "", /, cause: str = "", **departs: Any) -> None:
         super().__init__(code)
-        self.status, self.outcome, self.message = ERRORS[code]
-        self.status = departs.get("status", self.status)
-        self.outcome = departs.get("outcome", self.outcome)
-        self.message = message or self.message
-        self.type: str = departs.get("type") or TYPES.get(self.status, "invalid_request_error")
+        status, outcome, told = ERRORS[code]
+        self.status: int = departs.get("status", status)
+        self.outcome: str = departs.get("outcome", outcome)
+        self.message = message or told
+        self.type = departs.get("type") or TYPES.get(self.status, "invalid_request_error")
         self.code: str = departs.get("code") or code
         self.param: str | None = departs.get("param")
         self.headers: dict[str, str] = departs.get("headers", {})
@@ -316,14 +289,21 @@ class Failure(Exception):
 
     def body(self, request_id: str) -> bytes:
         """`{"error": {"message": "…", "type": "…", "param": null, "code": "…", …}}`"""
-        error = {"message": self.message, "type": self.type, "param": self.param}
-        return json.dumps(
-            {"error": {**error, "code": self.code, "request_id": request_id}}
-        ).encode()
+        error = {name: getattr(self, name) for name in ("message", "type", "param", "code")}
+        return json.dumps({"error": error | {"request_id": request_id}}).encode()
+
+
+# What an upstream's own message must not carry out: addresses inside the network, file paths
+# (of two names or more; /v1/… is none), and what is no message for people at all.
+PRIVATE = re.compile(
+    r"\b(?:localhost|127\.\d+|10\.\d+|192\.168|172\.(?:1[6-9]|2\d|3[01])|169\.254)[.\d]*(?::\d+)?\b"
+    r"|(?<![\w:/.])/(?!v\d)[\w.-]+(?:/[\w.-]+)+|\b[A-Z]:\\[^\s'\"]+"
+)
+MARKUP = re.compile(r"<(?:!doctype|html|head|body)\b|Traceback \(most recent", re.IGNORECASE)
 
 
 def public(message: str, secrets: Iterable[str]) -> str:
-    """An upstream's message as the world may see it; empty if it is no message for people."""
+    """An upstream's message as the world may see it; "" if it is none."""
     if MARKUP.search(message):
         return ""
     for word in secrets:
@@ -332,10 +312,8 @@ def public(message: str, secrets: Iterable[str]) -> str:
 
 
 def reported(error: Any, code: str, secrets: Iterable[str], **departs: Any) -> Failure:
-    """The Failure that an upstream reports, in any of its dialects:
-
-    {"error": {…}} · {"error": "text"} · {"object": "error", "message": …} · [{"error": {…}}]
-    · {"message": …} · {"detail": …}"""
+    """The Failure that an upstream reports, in any of its dialects: {"error": {…}},
+    {"error": "…"}, {"object": "error", "message": …}, [{"error": {…}}], {"detail": …}."""
     if isinstance(error, list) and error:
         error = error[0]
     if isinstance(error, dict):
@@ -344,20 +322,17 @@ def reported(error: Any, code: str, secrets: Iterable[str], **departs: Any) -> F
             error = inner
     if not isinstance(error, dict):
         error = {"message": error}
-    told = {}
-    for key in ("type", "code", "param"):
-        value = error.get(key)
+    for name in ("type", "code", "param"):
+        value = error.get(name)
         if isinstance(value, str) and len(value) <= 64:
-            told[key] = public(value, secrets)
+            departs[name] = public(value, secrets)
     message = error.get("message") or error.get("detail")
-    return Failure(
-        code, public(message, secrets) if isinstance(message, str) else "", **told, **departs
-    )
+    return Failure(code, public(message, secrets) if isinstance(message, str) else "", **departs)
 
 
 # ---- The request -------------------------------------------------------------------------
-# What a client sends, checked without I/O. All that we do not know passes, so that what
-# upstreams add next year works.
+# What a client sends, checked without I/O. What we do not know passes, so that parameters
+# that upstreams add next year work.
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -371,8 +346,8 @@ encode_json = json.JSONEncoder(allow_nan=False).encode
 
 
 def parse_json(data: bytes) -> Any:
-    """JSON as RFC 8259 has it, white space around it allowed. Raises ValueError for all else,
-    bad UTF-8 too, and RecursionError for deep nesting."""
+    """JSON as RFC 8259 has it, white space around it allowed. Raises ValueError for anything
+    else, bad UTF-8 too, and RecursionError for deep nesting."""
     text = data.decode().strip(" \t\r\n")
     value, end = decode_json(text)
     if end != len(text):
@@ -424,10 +399,10 @@ def validate(data: bytes, allowed: tuple[str, ...]) -> bytes:
             raise Failure("invalid_messages")
         for index, message in enumerate(messages):
             check_message(message, f"messages[{index}]")
-        chat["model"] = choose_model(chat.get("model"), allowed)
+        chat |= {"stream": True, "model": choose_model(chat.get("model"), allowed)}
         if chat["model"] is None:
             del chat["model"]
-        return encode_json(chat | {"stream": True}).encode()
+        return encode_json(chat).encode()
     except (ValueError, RecursionError):  # no UTF-8, no JSON, 1e999, nested 100,000 deep
         raise Failure("invalid_json") from None
 
@@ -662,15 +637,7 @@ class Relay:
 
 # ---- What can be watched -----------------------------------------------------------------
 
-OUTCOMES = (
-    "completed",
-    "client_gone",
-    "upstream_error",
-    "truncated",
-    "timeout",
-    "drained",
-    "rejected",
-)
+OUTCOMES = "completed client_gone upstream_error truncated timeout drained rejected".split()
 BUCKETS = [0.01 * 2**power for power in range(16)]  # OpenTelemetry GenAI: 0.01 s … 327.68 s
 
 
@@ -683,17 +650,16 @@ class Histogram:
         self.counts[bisect_left(BUCKETS, value)] += 1
         self.sum += value
 
-    def lines(self, name: str) -> Iterator[str]:
+    def samples(self) -> Iterator[tuple[str, float]]:
         below = 0
         for bound, count in zip([*BUCKETS, "+Inf"], self.counts, strict=True):
             below += count
-            yield f'{name}_bucket{{le="{bound}"}} {below}'
-        yield f"{name}_sum {self.sum:.6f}"
-        yield f"{name}_count {below}"
+            yield f'_bucket{{le="{bound}"}}', below
+        yield from (("_sum", self.sum), ("_count", below))
 
 
 class Metrics:
-    """Counters since the start, in Prometheus' text format. No label comes from a client."""
+    """Counters since the start. No label comes from a client, so none is unbounded."""
 
     def __init__(self) -> None:
         self.outcomes = dict.fromkeys(OUTCOMES, 0)
@@ -702,33 +668,31 @@ class Metrics:
         self.duration = Histogram()
 
     def text(self, active: int, draining: bool, max_streams: int) -> str:
-        streams = "chatstream_streams_total"
-        first = "gen_ai_client_operation_time_to_first_chunk_seconds"
-        duration = "gen_ai_client_operation_duration_seconds"
-        families: list[tuple[str, str, str, Iterable[str]]] = [
-            ("chatstream_active_streams", "gauge", "Streams running now.", [f"{active}"]),
-            ("chatstream_draining", "gauge", "1 while shutting down.", [f"{draining:d}"]),
-            ("chatstream_max_streams", "gauge", "Streams allowed at once.", [f"{max_streams}"]),
-            ("chatstream_events_total", "counter", "Chunks relayed.", [f"{self.events}"]),
-            (
-                streams,
-                "counter",
-                "Requests to the stream routes, by outcome.",
-                [f'{streams}{{outcome="{name}"}} {n}' for name, n in self.outcomes.items()],
-            ),
-            (first, "histogram", "Request to first chunk.", self.first_chunk.lines(first)),
-            (duration, "histogram", "Request to end of answer.", self.duration.lines(duration)),
+        """Prometheus' text format, version 0.0.4."""
+        outcomes = [(f'{{outcome="{name}"}}', n) for name, n in self.outcomes.items()]
+        genai = "gen_ai_client_operation"  # OpenTelemetry's name; seconds
+        families: list[tuple[str, str, str, Iterable[tuple[str, float]]]] = [
+            ("chatstream_active_streams", "gauge", "Streams running now.", [("", active)]),
+            ("chatstream_draining", "gauge", "1 while shutting down.", [("", int(draining))]),
+            ("chatstream_max_streams", "gauge", "Streams allowed at once.", [("", max_streams)]),
+            ("chatstream_streams_total", "counter", "Requests, by how they ended.", outcomes),
+            ("chatstream_events_total", "counter", "Chunks relayed.", [("", self.events)]),
         ]
+        for name, what, histogram in (
+            ("time_to_first_chunk", "From the request to the first chunk.", self.first_chunk),
+            ("duration", "From the request to the end of the answer.", self.duration),
+        ):
+            families.append((f"{genai}_{name}_seconds", "histogram", what, histogram.samples()))
         lines = []
         for name, kind, what, samples in families:
             lines += [f"# HELP {name} {what}", f"# TYPE {name} {kind}"]
-            lines += [line if " " in line else f"{name} {line}" for line in samples]
+            lines += [f"{name}{suffix} {value}" for suffix, value in samples]
         return "\n".join(lines) + "\n"
 
 
 # ---- One stream --------------------------------------------------------------------------
 # A request on its way. Its timer, the drain and the log look at it from outside, so it is an
-# object; what it does is in `Chatstream` below.
+# object; what it does stands in `Chatstream`.
 
 COMMON_HEADERS = {"Server": "chatstream", "X-Content-Type-Options": "nosniff"}
 STREAM_HEADERS = COMMON_HEADERS | {
@@ -747,24 +711,23 @@ class Stream:
         wanted = request.headers.get("X-Request-Id", "")
         sane = re.fullmatch(r"[A-Za-z0-9._-]{1,128}", wanted)
         self.id = wanted if sane else os.urandom(12).hex()
-        self.request = request
-        self.settings = settings
-        self.relay = relay
+        self.request, self.settings, self.relay = request, settings, relay
         self.loop = asyncio.get_running_loop()
         self.task = asyncio.current_task()
-        self.response: web.StreamResponse | None = None  # made when the status is settled
+        self.response: web.StreamResponse | None = None  # once its status is settled
         self.upstream: aiohttp.ClientResponse | None = None
+        # for the log and the metrics
+        self.status = 0
         self.outcome = "client_gone"  # what it is, unless somebody says otherwise
         self.cause = ""
-        self.status = 0
-        self.first_event: float | None = None
-        # For the timer: what it saw last, and when that changed
+        self.first_event: float | None = None  # seconds
+        # for the timer: what it saw last, and when that had changed
         self.receiving = True  # the request's body is not here yet
+        self.moved, self.sent = (0, 0), 0
         self.started = self.moved_at = self.sent_at = self.loop.time()
-        self.moved = (0, 0)
-        self.sent = 0
         self.timer: asyncio.TimerHandle | None = None
         self.beating: asyncio.Task[None] | None = None
+        # for stop()
         self.limit: asyncio.Timeout | None = None
         self.verdict: Failure | None = None
 
@@ -778,8 +741,8 @@ class Stream:
         return writer
 
     def tick(self) -> None:
-        """The one timer of a stream. To set a deadline at each read and write would cost more
-        than they do; so they only count, and this looks once in a while what has moved."""
+        """The one timer of a stream. To set a deadline at each read and each write would cost
+        more than they do; so they only count, and this looks now and then what has moved."""
         now, settings, relay = self.loop.time(), self.settings, self.relay
         transport = self.request.transport
         unread = transport.get_write_buffer_size() if transport else 0
@@ -791,20 +754,16 @@ class Stream:
         limit = settings.write_seconds if waits_for_client else settings.idle_seconds
         left = self.moved_at + limit - now
         until_beat = self.sent_at + settings.heartbeat_seconds - now
-        if left <= 0:
-            self.give_up(unread)
+        if left <= 0 and unread:
+            self.drop_client()
+        elif left <= 0:
+            self.stop(Failure("request_timeout" if self.receiving else "upstream_timeout"))
         elif until_beat <= 0 and not waits_for_client:
             self.sent_at = now
             self.beating = self.loop.create_task(self.beat())
         self.end_broken_body()
         delays = (left, until_beat, settings.look_seconds)
         self.timer = self.loop.call_later(min(d for d in delays if d > 0), self.tick)
-
-    def give_up(self, unread: int) -> None:
-        if unread:
-            self.drop_client()
-        else:
-            self.stop(Failure("request_timeout" if self.receiving else "upstream_timeout"))
 
     async def beat(self) -> None:
         """A comment, so that proxies and people know that the silence is no breakdown."""
@@ -813,20 +772,19 @@ class Stream:
 
     def end_broken_body(self) -> None:
         """Broken chunked encoding makes aiohttp drop the upstream's connection without a word
-        to the reader, who would wait for the idle limit."""
+        to the reader, who would wait until the idle limit."""
         answer = self.upstream
         if answer and answer.connection and answer.connection.closed:
             answer.content.feed_eof()
 
     def stop(self, failure: Failure) -> None:
-        """Ends the wait for the upstream from outside, with this failure."""
+        """Ends `Chatstream.chat` from outside, with this failure."""
         if self.limit and not self.verdict:
             self.verdict = failure
             self.limit.reschedule(self.loop.time())
 
     def drop_client(self) -> None:
-        """A client that reads nothing has gone. aiohttp then cancels the handler, as it does
-        for a closed tab."""
+        """Who reads nothing has gone: aiohttp then cancels the handler, as for a closed tab."""
         if self.request.transport:
             self.request.transport.abort()
 
@@ -838,9 +796,9 @@ class Stream:
             self.upstream.close()
 
     def stop_timers(self) -> None:
-        for handle in (self.timer, self.beating):
-            if handle:
-                handle.cancel()
+        for each in (self.timer, self.beating):
+            if each:
+                each.cancel()
 
 
 # ---- The upstream ------------------------------------------------------------------------
@@ -877,20 +835,14 @@ def died_before_answering(error: BaseException) -> bool:
     return reset and not isinstance(error, aiohttp.ClientConnectorError)
 
 
-async def read(answer: aiohttp.ClientResponse) -> bytes:
-    """What has come, as soon as anything has; b"" at the end, in good order or not."""
-    try:
-        return await answer.content.readany()
-    except BROKEN:
-        return b""
-
-
 async def read_whole(answer: aiohttp.ClientResponse, limit: int) -> bytes:
+    """A body that is no stream; its part if it breaks off. Raises Failure above the limit."""
     body = bytearray()
-    while piece := await read(answer):
-        body += piece
-        if len(body) > limit:
-            raise Failure("event_too_large")
+    with suppress(*BROKEN):
+        async for piece in answer.content.iter_any():
+            body += piece
+            if len(body) > limit:
+                raise Failure("event_too_large")
     return bytes(body)
 
 
@@ -908,7 +860,7 @@ def environment_proxy(url: str) -> str | None:
 
 
 def page_headers(html: str, https: bool) -> dict[str, str]:
-    """Only the script and the style that stand in the file run: their hashes are computed
+    """Only the script and the style that stand in the file may run: their hashes are taken
     from it, so that the policy cannot drift from the page."""
     hashes = {}
     for tag in ("script", "style"):
@@ -937,17 +889,12 @@ def page_headers(html: str, https: bool) -> dict[str, str]:
 # ---- The server --------------------------------------------------------------------------
 
 STREAM_ROUTES = ("/stream", "/v1/chat/completions")
-RETRY_SOON = {"Retry-After": "1"}
 Handler = Callable[[Stream], Awaitable[web.StreamResponse | None]]
 
 
 def host_name(authority: str) -> str:
     """`LocalHost:8080` -> `localhost`, `[::1]:8080` -> `[::1]`."""
     return re.sub(r":\d*$", "", authority.lower())
-
-
-def json_response(value: Any, **more: Any) -> web.Response:
-    return web.json_response(value, headers={"Cache-Control": "no-store"}, **more)
 
 
 def server_tls(settings: Settings) -> ssl.SSLContext | None:
@@ -959,29 +906,32 @@ def server_tls(settings: Settings) -> ssl.SSLContext | None:
     except OSError as error:
         raise BadSetting(
             f"CHATSTREAM_TLS_CERT={settings.tls_cert!r} CHATSTREAM_TLS_KEY={settings.tls_key!r} "
-            f"must be PEM files that belong together, the key without a password "
-            f"({describe(error)})"
+            f"must be PEM files that belong together, without a password ({describe(error)})"
         ) from None
     return context
 
 
 class Chatstream:
-    """The server: `start()` it, then `drain()` it."""
+    """The server: `start()` it, and `drain()` it in the end."""
 
     def __init__(self, settings: Settings) -> None:
+        try:
+            html = Path(__file__).with_name("index.html").read_text(encoding="utf-8")
+        except OSError:
+            raise BadSetting("index.html is missing: it must lie beside chatstream.py") from None
         self.settings = settings
-        self.metrics = Metrics()
-        self.live: set[Stream] = set()
-        self.draining = False
-        url = settings.base_url or OPENAI_URL
-        self.proxy = environment_proxy(url)
-        self.secrets = tuple(filter(None, (settings.api_key, settings.token, urlsplit(url).netloc)))
+        self.base_url = settings.base_url or OPENAI_URL
+        self.proxy = environment_proxy(self.base_url)
+        words = (settings.api_key, settings.token, urlsplit(self.base_url).netloc)
+        self.secrets = tuple(word for word in words if word)
         self.hosts = {host_name(name) for name in settings.allowed_hosts}
         if is_loopback(settings.host):
             self.hosts |= {"localhost", "127.0.0.1", "[::1]", settings.host}
-        html = Path(__file__).with_name("index.html").read_text(encoding="utf-8")
         self.page_body = html.encode()
         self.page_headers = page_headers(html, bool(settings.tls_cert))
+        self.metrics = Metrics()
+        self.live: set[Stream] = set()
+        self.draining = False
         self.routes: dict[str, tuple[str, Handler]] = {
             "/": ("GET", self.page),
             "/stream": ("POST", self.chat),
@@ -1039,42 +989,30 @@ class Chatstream:
 
     async def ask(self, stream: Stream, body: bytes) -> aiohttp.ClientResponse:
         """The upstream's answer, if it is one to relay. Raises Failure for any other."""
-        answer = stream.upstream = await self.request_upstream(
-            stream, "POST", "chat/completions", body
-        )
-        await self.check_status(answer)
-        kind = answer.headers.get("Content-Type", "text/event-stream")
-        if kind.lower().startswith("text/html"):
+        answer = await self.request(stream, "POST", "/chat/completions", body)
+        kind = answer.headers.get("Content-Type", "text/event-stream").lower()
+        if kind.startswith("text/html"):
             raise Failure("upstream_error", cause="an HTML page")
-        if not kind.lower().startswith(("text/event-stream", "application/json")):
+        if not kind.startswith(("text/event-stream", "application/json")):
             raise Failure("upstream_invalid", cause="neither an event stream nor JSON")
         return answer
 
-    async def request_upstream(
+    async def request(
         self, stream: Stream, method: str, path: str, body: bytes | None = None
     ) -> aiohttp.ClientResponse:
-        """The answer's head. Tries once more when the connection died before any byte of an
-        answer: a server may close a pooled one in the moment in which we use it."""
-        headers = {
-            "Accept": "text/event-stream" if body else "application/json",
-            "Accept-Encoding": "identity",  # a compressed stream comes in bursts
-            "Content-Type": "application/json",
-            "User-Agent": "chatstream",
-            "X-Request-Id": stream.id,
-        }
-        if self.settings.api_key:
-            headers["Authorization"] = f"Bearer {self.settings.api_key}"
-        url = f"{self.settings.base_url or OPENAI_URL}/{path}"
+        """The upstream's answer, if its status is a good one. Tries once more if a connection
+        dies before any byte came: a server may close a pooled one just when we use it."""
         for tries_left in (1, 0):
             try:
-                return await self.session.request(
+                stream.upstream = await self.session.request(
                     method,
-                    url,
+                    self.base_url + path,
                     data=io.BytesIO(body) if body else None,  # aiohttp warns of long bytes
-                    headers=headers,
+                    headers={"X-Request-Id": stream.id},
                     proxy=self.proxy,
                     allow_redirects=False,  # the key would travel along
                 )
+                break
             except aiohttp.ServerTimeoutError:
                 raise Failure("upstream_timeout", cause="connecting took too long") from None
             except aiohttp.ClientResponseError as error:
@@ -1082,31 +1020,29 @@ class Chatstream:
             except BROKEN as error:
                 if not (tries_left and died_before_answering(error)):
                     raise Failure("upstream_unreachable", cause=describe(error)) from None
-        raise AssertionError("not reached")
+        assert stream.upstream is not None
+        if not 200 <= stream.upstream.status < 300:
+            raise await self.status_failure(stream.upstream)
+        return stream.upstream
 
-    async def check_status(self, answer: aiohttp.ClientResponse) -> None:
-        """Raises the Failure that the answer's status means, if it means one."""
-        status = answer.status
-        if 200 <= status < 300:
-            return
-        cause = f"HTTP {status}"
+    async def status_failure(self, answer: aiohttp.ClientResponse) -> Failure:
+        """What a bad status means: the client's fault is told as it came, ours is a 502."""
+        status, cause = answer.status, f"HTTP {answer.status}"
         if status in (401, 403):
-            raise Failure("upstream_auth", cause=f"{cause}: is OPENAI_API_KEY right?")
+            return Failure("upstream_auth", cause=f"{cause}: is OPENAI_API_KEY right?")
         if not 400 <= status < 500:
-            raise Failure("upstream_error", cause=cause)
-        body = await read_whole(answer, self.settings.max_event_bytes)
-        try:
-            said = parse_json(body)
-        except (ValueError, RecursionError):
-            said = None
+            return Failure("upstream_error", cause=cause)
         kept = {
             name: value
             for name, value in answer.headers.items()
             if name.lower().startswith(("retry-after", "x-ratelimit-")) and value.isascii()
         }
-        raise reported(
-            said, "upstream_rejected", self.secrets, status=status, headers=kept, cause=cause
-        )
+        try:
+            error = parse_json(await read_whole(answer, self.settings.max_event_bytes))
+        except (ValueError, RecursionError):
+            error = None
+        departs = {"status": status, "headers": kept, "cause": cause}
+        return reported(error, "upstream_rejected", self.secrets, **departs)
 
     async def pass_on(self, stream: Stream, answer: aiohttp.ClientResponse) -> None:
         """Relays the upstream's events, each the moment its last byte is in. While the client
@@ -1133,47 +1069,45 @@ class Chatstream:
     # -- the other routes
 
     async def page(self, stream: Stream) -> web.StreamResponse:
-        known = stream.request.if_none_match or ()
-        if any(tag.value in ("*", self.page_headers["ETag"].strip('"')) for tag in known):
+        tags = [tag.value for tag in stream.request.if_none_match or ()]
+        if "*" in tags or self.page_headers["ETag"].strip('"') in tags:
             return web.Response(status=304, headers=self.page_headers)
         return web.Response(body=self.page_body, headers=self.page_headers)
 
     async def models(self, stream: Stream) -> web.StreamResponse:
         """`{"object": "list", "data": [{"id": "…", "object": "model"}]}`"""
-        names = [name for name in self.settings.model if name != "*"]
-        if "*" in self.settings.model:
-            names += [name for name in await self.upstream_models(stream) if name not in names]
+        names = dict.fromkeys(self.settings.model)  # in their order, each once
+        if "*" in names:
+            del names["*"]
+            names |= dict.fromkeys(await self.upstream_models(stream))
         data = [{"id": name, "object": "model"} for name in names]
-        return json_response({"object": "list", "data": data})
+        return web.json_response({"object": "list", "data": data})
 
     async def upstream_models(self, stream: Stream) -> list[str]:
         try:
             async with asyncio.timeout(self.settings.connect_seconds):
-                stream.upstream = await self.request_upstream(stream, "GET", "models")
-                await self.check_status(stream.upstream)
-                body = await read_whole(stream.upstream, self.settings.max_event_bytes)
-                data = parse_object(body)["data"]
-                return [each["id"] for each in data if isinstance(each["id"], str)]
+                answer = await self.request(stream, "GET", "/models")
+                listed = parse_object(await read_whole(answer, self.settings.max_event_bytes))
+            return [each["id"] for each in listed["data"] if isinstance(each["id"], str)]
         except TimeoutError:
             raise Failure("upstream_timeout") from None
         except (ValueError, RecursionError, KeyError, TypeError):
-            raise Failure("upstream_invalid", "The model server's list is no list.") from None
+            raise Failure("upstream_invalid", "The model server lists no models.") from None
         finally:
             stream.let_upstream_go()
 
     async def healthz(self, stream: Stream) -> web.StreamResponse:
-        return json_response({"status": "ok"})
+        return web.json_response({"status": "ok"})
 
     async def readyz(self, stream: Stream) -> web.StreamResponse:
         if self.draining:
             raise Failure("server_draining", headers=RETRY_SOON)
-        return json_response({"status": "ok"})
+        return web.json_response({"status": "ok"})
 
     async def show_metrics(self, stream: Stream) -> web.StreamResponse:
         text = self.metrics.text(len(self.live), self.draining, self.settings.max_streams)
-        return web.Response(
-            body=text.encode(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
-        )
+        kind = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
+        return web.Response(body=text.encode(), headers=kind)
 
     # -- every request
 
@@ -1181,12 +1115,11 @@ class Chatstream:
         """The one place where a failure becomes an answer, and where a stream is settled."""
         relay = Relay(self.settings.max_event_bytes, self.secrets)
         stream = Stream(request, self.settings, relay)
+        response: web.StreamResponse | None = None
         try:
             response = await self.route(stream)
-        except asyncio.CancelledError:  # aiohttp's word for: the client has gone
-            raise
-        except ConnectionError:  # the same, met while writing
-            response = stream.response or web.Response()
+        except ConnectionError:  # the client has gone, seen while writing; else we are cancelled
+            response = stream.response
         except Failure as failure:
             response = await self.fail(stream, failure)
         except Exception as error:
@@ -1197,143 +1130,142 @@ class Chatstream:
             self.live.discard(stream)
             if request.method == "POST" and request.path in STREAM_ROUTES:
                 self.settle(stream)
+        response = response or web.Response()
         if not response.prepared:
             response.headers.update(COMMON_HEADERS | {"X-Request-Id": stream.id})
+            response.headers.setdefault("Cache-Control", "no-store")
             if self.draining:
                 response.force_close()
         return response
 
-    async def route(self, stream: Stream) -> web.StreamResponse:
-        """Who gets in, and where to. Raises Failure.
-
-        A page on another origin, or one whose DNS name was rebound to this machine, must not
-        be able to spend the key: a browser tells both by headers that it does not let pages
-        set, and asks first before it sends JSON elsewhere."""
+    async def route(self, stream: Stream) -> web.StreamResponse | None:
+        """Who gets in, and where to. Raises Failure."""
         request, path = stream.request, stream.request.path
-        guarded = path in ("/", "/stream") or path.startswith("/v1/")
+        guarded = path == "/" or path == "/stream" or path.startswith("/v1/")
         if guarded:
             self.check_origin(request)
         if path not in self.routes:
             raise Failure("not_found")
         method, handler = self.routes[path]
-        if request.method != method and (request.method, method) != ("HEAD", "GET"):
-            allow = "GET, HEAD" if method == "GET" else method
-            raise Failure("method_not_allowed", headers={"Allow": allow})
+        allowed = ("GET", "HEAD") if method == "GET" else (method,)
+        if request.method not in allowed:
+            raise Failure("method_not_allowed", headers={"Allow": ", ".join(allowed)})
         if guarded and self.draining:
             raise Failure("server_draining", headers=RETRY_SOON)
         if method == "POST":
-            encoded = request.headers.get("Content-Encoding", "identity").lower() != "identity"
-            if encoded or request.content_type != "application/json":
+            encoding = request.headers.get("Content-Encoding", "identity").lower()
+            if encoding != "identity" or request.content_type != "application/json":
                 raise Failure("unsupported_media_type")
         if guarded and path != "/":
             self.check_token(request)
         return await handler(stream)
 
     def check_origin(self, request: web.BaseRequest) -> None:
-        host = request.headers.get("Host", "")
+        """A page on another origin, or one whose name was rebound to this machine's address,
+        must not be able to spend the key. Browsers tell of both in headers that no page can
+        change, and ask us before they send JSON from elsewhere. Raises Failure."""
+        host = request.headers.get("Host", "").lower()
         if self.hosts and host_name(host) not in self.hosts:
             raise Failure("forbidden_host")
         if request.method != "POST":
             return
-        site = request.headers.get("Sec-Fetch-Site")
-        origin = request.headers.get("Origin")
-        if site is not None:
-            same = site in ("same-origin", "none")
-        else:
-            same = origin is None or origin.partition("://")[2].lower() == host.lower()
-        if not same:
+        site, origin = request.headers.get("Sec-Fetch-Site"), request.headers.get("Origin")
+        same = origin is None or origin.partition("://")[2].lower() == host
+        if site not in ("same-origin", "none") if site is not None else not same:
             raise Failure("forbidden_origin")
 
     def check_token(self, request: web.BaseRequest) -> None:
         scheme, _, sent = request.headers.get("Authorization", "").partition(" ")
-        right = hmac.compare_digest(  # in a time that tells nothing about where they differ
-            sent.strip().encode(errors="surrogateescape"), self.settings.token.encode()
-        )
-        if self.settings.token and not (right and scheme.lower() == "bearer"):
+        expected = self.settings.token.encode()
+        # compare_digest takes a time that does not tell where the two differ
+        right = hmac.compare_digest(sent.strip().encode(errors="surrogateescape"), expected)
+        if expected and not (right and scheme.lower() == "bearer"):
             raise Failure("invalid_token", headers={"WWW-Authenticate": "Bearer"})
 
     async def fail(self, stream: Stream, failure: Failure) -> web.StreamResponse:
-        """Tells the client: by a status while there is none yet, else by a last event, after
+        """Tells the client: by a status while that can be chosen, else by a last event, after
         which there is no [DONE]."""
         stream.outcome, stream.cause = failure.outcome, f"{failure.code} {failure.cause}".strip()
         body = failure.body(stream.id)
         if stream.response is None:
             stream.status = failure.status
-            headers = {"Content-Type": "application/json", "Cache-Control": "no-store"}
-            return web.Response(status=failure.status, body=body, headers=headers | failure.headers)
+            headers = {"Content-Type": "application/json"} | failure.headers
+            return web.Response(status=failure.status, body=body, headers=headers)
         with suppress(ConnectionError):
             await (await stream.open()).write_eof(b"data: %b\n\n" % body)
         return stream.response
 
     def settle(self, stream: Stream) -> None:
         """Counts a stream, in one outcome, and writes its line in the log."""
+        events, first = stream.relay.events, stream.first_event
         total = stream.loop.time() - stream.started
         self.metrics.outcomes[stream.outcome] += 1
-        self.metrics.events += stream.relay.events
-        first = stream.first_event
+        self.metrics.events += events
         if first is not None:
             self.metrics.first_chunk.observe(first)
         if stream.outcome != "rejected":
             self.metrics.duration.observe(total)
-        log.info(
-            "id=%s outcome=%s status=%s events=%d first=%s total=%.3fs%s",
-            stream.id,
-            stream.outcome,
-            stream.status or "-",
-            stream.relay.events,
-            "-" if first is None else f"{first:.3f}s",
-            total,
-            f" cause={stream.cause!r}" if stream.cause else "",
-        )
+        line = f"id={stream.id} outcome={stream.outcome} status={stream.status or '-'} "
+        line += f"events={events} first={'-' if first is None else f'{first:.3f}s'} "
+        line += f"total={total:.3f}s"
+        log.info("%s", line + (f" cause={stream.cause!r}" if stream.cause else ""))
 
     # -- start and end
 
     async def start(self) -> str:
         """Listens; returns the address. Raises BadSetting where it cannot."""
-        s = self.settings
-        tls = server_tls(s)
+        settings, tls = self.settings, server_tls(self.settings)
         self.session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),  # the default lets the 101st stream wait
-            timeout=aiohttp.ClientTimeout(total=None, connect=s.connect_seconds),
+            connector=aiohttp.TCPConnector(limit=0),  # by default the 101st stream waits
+            timeout=aiohttp.ClientTimeout(total=None, connect=settings.connect_seconds),
             cookie_jar=aiohttp.DummyCookieJar(),  # else one person's cookie goes to the next
+            headers=self.upstream_headers(),
             response_class=UpstreamAnswer,
             read_bufsize=2**16,
         )
         server = web.Server(
             self.handle,
-            handler_cancellation=True,  # else a silent stream outlives its reader
+            handler_cancellation=True,  # else a silent upstream outlives its reader
             auto_decompress=False,  # else 60 KB become 60 MB
             access_log=None,
             keepalive_timeout=75,
         )
         self.runner = web.ServerRunner(server, shutdown_timeout=0.2)
         await self.runner.setup()
+        shared = settings.reuse_port or None
+        self.site = web.TCPSite(
+            self.runner,
+            settings.host,
+            settings.port,
+            ssl_context=tls,
+            reuse_port=shared,
+            backlog=1024,
+        )
         try:
-            site = web.TCPSite(
-                self.runner,
-                s.host,
-                s.port,
-                ssl_context=tls,
-                backlog=1024,
-                reuse_port=s.reuse_port or None,
-            )
-            await site.start()
+            await self.site.start()
         except (OSError, ValueError) as error:
             await self.stop()
             raise BadSetting(
-                f"CHATSTREAM_HOST={s.host} CHATSTREAM_PORT={s.port}: cannot listen there "
-                f"({describe(error)}): is another program using the port? 0 takes any free one"
+                f"CHATSTREAM_HOST={settings.host} CHATSTREAM_PORT={settings.port}: cannot listen "
+                f"there ({describe(error)}); CHATSTREAM_PORT=0 takes any free port"
             ) from None
-        self.site = site
-        port = self.runner.addresses[0][1]
-        host = f"[{s.host}]" if ":" in s.host else s.host
-        return f"{'https' if s.tls_cert else 'http'}://{host}:{port}"
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        return f"http{'s' if tls else ''}://{host}:{self.runner.addresses[0][1]}"
+
+    def upstream_headers(self) -> dict[str, str]:
+        key = self.settings.api_key
+        return {
+            "Accept": "text/event-stream",
+            "Accept-Encoding": "identity",  # a compressed stream comes in bursts
+            "Content-Type": "application/json",
+            "User-Agent": "chatstream",
+        } | ({"Authorization": f"Bearer {key}"} if key else {})
 
     async def drain(self) -> None:
         """Ends without cutting an answer, if the drain time allows it."""
-        self.draining = True  # 1. no new streams, and soon no new connections
+        self.draining = True  # 1. no new streams, and no new connections
         await self.site.stop()
-        await self.wait_for_streams(self.settings.drain_seconds)  # 2. the running ones go on
+        await self.wait_for_streams(self.settings.drain_seconds)  # 2. running ones go on
         for stream in self.live:  # 3. those left are told
             stream.stop(Failure("server_draining", outcome="drained", headers=RETRY_SOON))
         await self.wait_for_streams(1.0)
@@ -1342,8 +1274,7 @@ class Chatstream:
         await self.stop()
 
     async def wait_for_streams(self, seconds: float) -> None:
-        if self.live:
-            tasks = [stream.task for stream in self.live if stream.task]
+        if tasks := [stream.task for stream in self.live if stream.task]:
             await asyncio.wait(tasks, timeout=seconds)
 
     async def stop(self) -> None:
@@ -1380,57 +1311,55 @@ OPENAI_BASE_URL=http://localhost:11434/v1 OPENAI_MODEL=llama3.2 python chatstrea
 | `demo-error` | an error half-way |
 | `demo-rate-limit` | 429 with `Retry-After` |
 
-Open *Wire* to see each line as it arrives. \U0001f44b
+Open *Wire* to see each line as it arrives.
 """
 
 
-def demo_event(**fields: Any) -> bytes:
-    chunk = {"id": "chatcmpl-demo", "object": "chat.completion.chunk", "created": 0} | fields
-    return b"data: %b\n\n" % json.dumps(chunk, ensure_ascii=False).encode()
-
-
-def demo_delta(delta: Chat, finish_reason: str | None = None) -> bytes:
-    choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
-    return demo_event(model="demo", choices=[choice])
+def demo_event(choices: list[Chat], **more: Any) -> bytes:
+    chunk = {"id": "chatcmpl-demo", "object": "chat.completion.chunk", "choices": choices, **more}
+    return b"data: %b\n\n" % encode_json(chunk).encode()
 
 
 def demo_error(message: str, code: str) -> Chat:
     return {"error": {"message": message, "type": "server_error", "param": None, "code": code}}
 
 
-async def demo_upstream(request: web.BaseRequest, silence: float) -> web.StreamResponse:
-    chat = json.loads(await request.content.read())
-    model, question = chat["model"], chat["messages"][-1].get("content")
-    if model == "demo-rate-limit":
-        error = demo_error("The demo allows no request just now.", "rate_limit_exceeded")
-        return web.json_response(error, status=429, headers={"Retry-After": "5"})
-    response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-    await response.prepare(request)
-    if model == "demo-slow-start":
-        await asyncio.sleep(silence)
-    await response.write(demo_delta({"role": "assistant", "content": ""}))
-    question = question if isinstance(question, str) else "(something that is no text)"
+async def demo_words(model: str, question: str, silence: float) -> AsyncIterator[bytes]:
+    """The events of an answer, at the pace of a model."""
     quoted = question[:2000].replace("\n", "\n> ")
     words = re.findall(r"\s*\S+\s*", DEMO_ANSWER.replace("{question}", quoted))
     fails = model in ("demo-cut-off", "demo-error")
-    for word in words[: len(words) // 2 if fails else None]:
-        await response.write(demo_delta({"content": word}))
+    if model == "demo-slow-start":
+        await asyncio.sleep(silence)
+    for word in words[: len(words) // 2] if fails else words:
+        yield demo_event([{"index": 0, "delta": {"content": word}, "finish_reason": None}])
         await asyncio.sleep(0.02)
     if model == "demo-error":
         error = demo_error("The demo model ran out of memory.", "out_of_memory")
-        await response.write(b"data: %b\n\n" % json.dumps(error).encode())
-    if not fails:
-        await response.write(demo_delta({}, "stop"))
-        usage = {"prompt_tokens": 0, "completion_tokens": len(words), "total_tokens": len(words)}
-        await response.write(demo_event(model=model, choices=[], usage=usage))
-        await response.write(DONE)
+        yield b"data: %b\n\n" % encode_json(error).encode()
+    elif not fails:
+        yield demo_event([{"index": 0, "delta": {}, "finish_reason": "stop"}])
+        yield demo_event([], usage={"completion_tokens": len(words)})
+        yield DONE
+
+
+async def demo_upstream(request: web.BaseRequest, silence: float) -> web.StreamResponse:
+    chat = parse_object(await request.read())
+    if chat["model"] == "demo-rate-limit":
+        error = demo_error("The demo takes no request just now.", "rate_limit_exceeded")
+        return web.json_response(error, status=429, headers={"Retry-After": "5"})
+    question = chat["messages"][-1].get("content")
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+    await response.prepare(request)
+    async for event in demo_words(chat["model"], str(question), silence):
+        await response.write(event)
     return response
 
 
 @asynccontextmanager
-async def with_demo(settings: Settings) -> AsyncIterator[Settings]:
-    """The settings, pointed at a demo upstream on a loopback port if they name no upstream."""
-    if not settings.demo:
+async def with_upstream(settings: Settings) -> AsyncIterator[Settings]:
+    """The settings; if they name no upstream, with a demo upstream on a loopback port."""
+    if settings.api_key or settings.base_url:
         yield settings
         return
     silence = 1.5 * settings.heartbeat_seconds
@@ -1451,19 +1380,20 @@ async def with_demo(settings: Settings) -> AsyncIterator[Settings]:
 
 
 def start_line(address: str, settings: Settings) -> str:
-    upstream = settings.base_url or OPENAI_URL
-    if settings.model == DEMO_MODELS:
-        upstream = "the built-in demo (set OPENAI_API_KEY or OPENAI_BASE_URL to leave it)"
+    demo = settings.model == DEMO_MODELS
+    upstream = "the demo; OPENAI_API_KEY or OPENAI_BASE_URL leaves it" if demo else ""
     return (
-        f"chatstream listens on {address}\n  upstream  {upstream}\n"
-        f"  model     {', '.join(settings.model)}\n  stop      Ctrl+C"
+        f"chatstream listens on {address}\n"
+        f"  upstream: {upstream or settings.base_url or OPENAI_URL}\n"
+        f"  models:   {', '.join(settings.model)}\n"
+        "  to stop:  Ctrl+C"
     )
 
 
 async def serve(chosen: Settings) -> None:
-    """Runs until the first SIGINT or SIGTERM, then drains; the second one ends it at once."""
+    """Runs until the first SIGINT or SIGTERM, then drains; a second one ends it at once."""
     loop, stopping = asyncio.get_running_loop(), asyncio.Event()
-    signals = []
+    signals: list[int] = []
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         signals.append(number)
@@ -1471,19 +1401,19 @@ async def serve(chosen: Settings) -> None:
             os._exit(1)
         loop.call_soon_threadsafe(stopping.set)
 
-    async with with_demo(chosen) as settings:
+    async with with_upstream(chosen) as settings:
         server = Chatstream(settings)
         address = await server.start()
-        # signal.signal, for Windows too, where the loop has no add_signal_handler
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, on_signal)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, on_signal)  # on Windows the loop has no add_signal_handler
         print(start_line(address, settings), flush=True)
         await stopping.wait()
-        print(f"draining: up to {settings.drain_seconds:g} s; Ctrl+C again to end now", flush=True)
+        print(f"draining for up to {settings.drain_seconds:g} s; Ctrl+C ends it now", flush=True)
         await server.drain()
 
 
 def is_our_fault(record: logging.LogRecord) -> bool:
+    """Malformed HTTP is answered by aiohttp itself, and no reason for a traceback."""
     error = record.exc_info[1] if record.exc_info else None
     return not isinstance(error, aiohttp.http_exceptions.HttpProcessingError)
 
@@ -1491,7 +1421,6 @@ def is_our_fault(record: logging.LogRecord) -> bool:
 def main() -> int:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     log.setLevel(logging.INFO)
-    # Malformed HTTP is answered by aiohttp itself, and is no reason for a traceback.
     logging.getLogger("aiohttp.server").addFilter(is_our_fault)
     try:
         asyncio.run(serve(read_settings(os.environ, sys.argv[1:])))
