@@ -43,6 +43,7 @@ import os
 import re
 import signal
 import ssl
+import time
 import urllib.request
 from bisect import bisect_left
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
@@ -63,8 +64,6 @@ except ModuleNotFoundError:
 # Older ones hand a half-read connection to the next request (aio-libs/aiohttp#12795, #12953).
 if tuple(map(int, re.findall(r"\d+", aiohttp.__version__)[:3])) < (3, 14, 2):
     sys.exit(f"{NEEDS_AIOHTTP}; this is {aiohttp.__version__}")
-
-log = logging.getLogger("chatstream")
 
 Chat = dict[str, Any]  # a chat-completions request or chunk, as parsed JSON
 
@@ -516,49 +515,51 @@ class Relay:
         self.finished = False  # a `finish_reason` came: the end may follow without [DONE]
         self.done = False
         self.failure: Failure | None = None
-        self.frame: tuple[bytes, bytes] | None = None  # of an event: see learn()
+        self.around = (b"", b"")  # what stands around the text of a chunk: see remember()
         self.is_json: bool | None = None  # no stream: some upstreams answer in one piece
         self.body = bytearray()
 
     def feed(self, piece: bytes) -> bytes:
         """What goes out now that this piece has come."""
-        if self.frame and self.differs_in_text(piece, *self.frame):
+        if self.is_one_event(piece) and self.is_like_last(piece[6:-2]):
             self.heard += 1
             self.events += 1
             return piece
         if self.is_json is None:
             self.is_json = piece.lstrip().startswith(b"{")
-        if self.is_json:
-            self.body += piece
-            if len(self.body) > self.parser.limit:
-                self.failure = Failure("event_too_large")
-            return b""
-        heard, out = self.heard, self.forward(self.parser.feed(piece))
-        if self.heard == heard + 1 and out == piece:
-            self.learn(piece)
-        return out
+        if not self.is_json:
+            return self.forward(self.parser.feed(piece))
+        self.body += piece
+        if len(self.body) > self.parser.limit:
+            self.failure = Failure("event_too_large")
+        return b""
 
-    def differs_in_text(self, piece: bytes, head: bytes, tail: bytes) -> bool:
-        """Whether this piece is one event, the same as one that was checked but for its text.
+    def is_one_event(self, piece: bytes) -> bool:
+        framed = piece.startswith(b"data: ") and piece.endswith(b"\n\n")
+        return framed and not self.parser.is_inside()
 
-        Nearly every token comes so, and the JSON parser is most of what one costs. A string
-        that holds no quote, no backslash and no control character cannot end early or be
-        bad, and the rest is what was parsed before: so the whole is as valid as that was."""
-        if not (piece.startswith(head) and piece.endswith(tail)) or self.parser.is_inside():
+    def is_like_last(self, data: bytes) -> bool:
+        """Whether this payload is one that was checked, but for its text: nearly every token
+        comes so, and to parse its JSON is most of what it costs. A string without quote,
+        backslash and control character can neither end early nor be bad, and around it
+        stands what was parsed before: so the whole is as valid, and means the same."""
+        head, tail = self.around
+        if not (head and data.startswith(head) and data.endswith(tail)):
+            return False
+        if not len(head) + len(tail) <= len(data) <= self.parser.limit:
             return False
         try:
-            text = piece[len(head) : -len(tail)].decode()
+            text = data[len(head) : -len(tail)].decode()
         except UnicodeDecodeError:
             return False
-        fits = len(head) + len(tail) <= len(piece) <= self.parser.limit
-        return fits and text.isprintable() and '"' not in text and "\\" not in text
+        return text.isprintable() and '"' not in text and "\\" not in text
 
-    def learn(self, piece: bytes) -> None:
-        """Takes the event apart: b'data: {…"content":"', its text, b'"…}\\n\\n'."""
-        if start := CONTENT.search(piece):
-            text, quote, rest = piece[start.end() :].partition(b'"')
+    def remember(self, data: bytes) -> None:
+        """Takes a valid payload apart: {…"content":" and its text and "…}."""
+        if start := CONTENT.search(data):
+            text, quote, rest = data[start.end() :].partition(b'"')
             if b"\\" not in text:
-                self.frame = (piece[: start.end()], quote + rest)
+                self.around = (data[: start.end()], quote + rest)
 
     def forward(self, events: Iterable[Event]) -> bytes:
         """The events that may go out, each as exactly b"data: PAYLOAD\\n\\n"."""
@@ -595,6 +596,9 @@ class Relay:
             return DONE
         if event.name == b"error":
             raise self.error_event(data)
+        if self.is_like_last(data):
+            self.events += 1
+            return b"data: %b\n\n" % data
         chunk = parse_object(data)
         if chunk.get("error") or chunk.get("object") == "error":
             raise reported(chunk, "upstream_error", self.secrets, cause="an error in the stream")
@@ -607,6 +611,7 @@ class Relay:
                 if "message" in choice and "delta" not in choice:
                     data = as_chunk(chunk)
         self.events += 1
+        self.remember(data)
         # Where a line ended inside the payload a space goes out: in JSON they mean the same.
         return b"data: %b\n\n" % data.replace(b"\n", b" ")
 
@@ -637,7 +642,7 @@ class Relay:
 
 # ---- What can be watched -----------------------------------------------------------------
 
-OUTCOMES = "completed client_gone upstream_error truncated timeout drained rejected".split()
+OUTCOMES = ("completed", "client_gone", "upstream_error", "truncated", "timeout", "drained")
 BUCKETS = [0.01 * 2**power for power in range(16)]  # OpenTelemetry GenAI: 0.01 s … 327.68 s
 
 
@@ -662,7 +667,7 @@ class Metrics:
     """Counters since the start. No label comes from a client, so none is unbounded."""
 
     def __init__(self) -> None:
-        self.outcomes = dict.fromkeys(OUTCOMES, 0)
+        self.outcomes = dict.fromkeys((*OUTCOMES, "rejected"), 0)
         self.events = 0
         self.first_chunk = Histogram()
         self.duration = Histogram()
@@ -892,6 +897,12 @@ STREAM_ROUTES = ("/stream", "/v1/chat/completions")
 Handler = Callable[[Stream], Awaitable[web.StreamResponse | None]]
 
 
+def log_line(line: str) -> None:
+    """On stderr; `logging` would cost a twelfth of all that a short stream does."""
+    with suppress(OSError):
+        print(time.strftime("%Y-%m-%d %H:%M:%S"), line, file=sys.stderr, flush=True)
+
+
 def host_name(authority: str) -> str:
     """`LocalHost:8080` -> `localhost`, `[::1]:8080` -> `[::1]`."""
     return re.sub(r":\d*$", "", authority.lower())
@@ -914,12 +925,12 @@ def server_tls(settings: Settings) -> ssl.SSLContext | None:
 class Chatstream:
     """The server: `start()` it, and `drain()` it in the end."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, log: Callable[[str], None] = log_line) -> None:
         try:
             html = Path(__file__).with_name("index.html").read_text(encoding="utf-8")
         except OSError:
             raise BadSetting("index.html is missing: it must lie beside chatstream.py") from None
-        self.settings = settings
+        self.settings, self.log = settings, log
         self.base_url = settings.base_url or OPENAI_URL
         self.proxy = environment_proxy(self.base_url)
         words = (settings.api_key, settings.token, urlsplit(self.base_url).netloc)
@@ -998,7 +1009,7 @@ class Chatstream:
         return answer
 
     async def request(
-        self, stream: Stream, method: str, path: str, body: bytes | None = None
+        self, stream: Stream, method: str, path: str, body: bytes = b""
     ) -> aiohttp.ClientResponse:
         """The upstream's answer, if its status is a good one. Tries once more if a connection
         dies before any byte came: a server may close a pooled one just when we use it."""
@@ -1007,7 +1018,7 @@ class Chatstream:
                 stream.upstream = await self.session.request(
                     method,
                     self.base_url + path,
-                    data=io.BytesIO(body) if body else None,  # aiohttp warns of long bytes
+                    data=io.BytesIO(body) if len(body) > 2**20 else body,  # aiohttp warns of more
                     headers={"X-Request-Id": stream.id},
                     proxy=self.proxy,
                     allow_redirects=False,  # the key would travel along
@@ -1123,7 +1134,7 @@ class Chatstream:
         except Failure as failure:
             response = await self.fail(stream, failure)
         except Exception as error:
-            log.exception("a bug in chatstream")
+            logging.getLogger("chatstream").exception("a bug in chatstream")
             response = await self.fail(stream, Failure("internal_error", cause=describe(error)))
         finally:
             stream.stop_timers()
@@ -1141,7 +1152,7 @@ class Chatstream:
     async def route(self, stream: Stream) -> web.StreamResponse | None:
         """Who gets in, and where to. Raises Failure."""
         request, path = stream.request, stream.request.path
-        guarded = path == "/" or path == "/stream" or path.startswith("/v1/")
+        guarded = path in ("/", "/stream") or path.startswith("/v1/")
         if guarded:
             self.check_origin(request)
         if path not in self.routes:
@@ -1208,7 +1219,7 @@ class Chatstream:
         line = f"id={stream.id} outcome={stream.outcome} status={stream.status or '-'} "
         line += f"events={events} first={'-' if first is None else f'{first:.3f}s'} "
         line += f"total={total:.3f}s"
-        log.info("%s", line + (f" cause={stream.cause!r}" if stream.cause else ""))
+        self.log(line + (f" cause={stream.cause!r}" if stream.cause else ""))
 
     # -- start and end
 
@@ -1419,8 +1430,6 @@ def is_our_fault(record: logging.LogRecord) -> bool:
 
 
 def main() -> int:
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
-    log.setLevel(logging.INFO)
     logging.getLogger("aiohttp.server").addFilter(is_our_fault)
     try:
         asyncio.run(serve(read_settings(os.environ, sys.argv[1:])))

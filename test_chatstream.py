@@ -209,7 +209,7 @@ async def serving(up: Upstream | None = None, **settings: Any) -> AsyncIterator[
     if up:
         settings["base_url"] = up.url
     settings = {"port": 0, "drain_seconds": 0.0, "model": ("m",)} | settings
-    server = Chatstream(Settings(**settings))
+    server = Chatstream(Settings(**settings), log=lambda line: None)
     try:
         yield await server.start()
     finally:
@@ -1408,7 +1408,7 @@ class Watching(Case):
             (stalls, "timeout"),
         ]
         async with upstream(silent) as up, serving(up, idle_seconds=0.2) as url:
-            counted = dict.fromkeys(chatstream.OUTCOMES, 0)
+            counted = dict.fromkeys((*chatstream.OUTCOMES, "rejected"), 0)
             for reply, outcome in rows:
                 up.reply = reply
                 await self.ask(url)
