@@ -59,7 +59,7 @@ try:
     import aiohttp
     from aiohttp import web
     from aiohttp.abc import AbstractStreamWriter
-except ModuleNotFoundError:
+except ImportError:
     sys.exit(NEEDS_AIOHTTP)
 # Older ones hand a half-read connection to the next request (aio-libs/aiohttp#12795, #12953).
 if tuple(map(int, re.findall(r"\d+", aiohttp.__version__)[:3])) < (3, 14, 2):
@@ -301,16 +301,25 @@ PRIVATE = re.compile(
 MARKUP = re.compile(r"<(?:!doctype|html|head|body)\b|Traceback \(most recent", re.IGNORECASE)
 
 
-def public(message: str, secrets: Iterable[str]) -> str:
+Secrets = re.Pattern[str]
+
+
+def secret_pattern(*secrets: str) -> Secrets:
+    """Finds these words: a long one anywhere, a short one only where it stands alone, since
+    some people's key for their own machine is `x`."""
+    words = [re.escape(word) for word in secrets if word]
+    long = [word if len(word) > 8 else rf"(?<!\w){word}(?!\w)" for word in words]
+    return re.compile("|".join(long) or r"(?!)")
+
+
+def public(message: str, secrets: Secrets) -> str:
     """An upstream's message as the world may see it; "" if it is none."""
     if MARKUP.search(message):
         return ""
-    for word in secrets:
-        message = message.replace(word, "***")
-    return PRIVATE.sub("***", message)[:500]
+    return PRIVATE.sub("***", secrets.sub("***", message))[:500]
 
 
-def reported(error: Any, code: str, secrets: Iterable[str], **departs: Any) -> Failure:
+def reported(error: Any, code: str, secrets: Secrets, **departs: Any) -> Failure:
     """The Failure that an upstream reports, in any of its dialects: {"error": {…}},
     {"error": "…"}, {"object": "error", "message": …}, [{"error": {…}}], {"detail": …}."""
     if isinstance(error, list) and error:
@@ -507,7 +516,7 @@ class Relay:
     It is over when `done` (the answer is whole) or when there is a `failure`; what came
     before the failure has then been given out."""
 
-    def __init__(self, limit: int, secrets: tuple[str, ...]) -> None:
+    def __init__(self, limit: int, secrets: Secrets) -> None:
         self.parser = EventParser(limit)
         self.secrets = secrets
         self.events = 0  # chunks given out
@@ -525,8 +534,8 @@ class Relay:
             self.heard += 1
             self.events += 1
             return piece
-        if self.is_json is None:
-            self.is_json = piece.lstrip().startswith(b"{")
+        if self.is_json is None and (start := piece.lstrip()):
+            self.is_json = start.startswith(b"{")
         if not self.is_json:
             return self.forward(self.parser.feed(piece))
         self.body += piece
@@ -714,13 +723,13 @@ class EventStream(web.StreamResponse):
 class Stream:
     def __init__(self, request: web.BaseRequest, settings: Settings, relay: Relay) -> None:
         wanted = request.headers.get("X-Request-Id", "")
-        sane = re.fullmatch(r"[A-Za-z0-9._-]{1,128}", wanted)
+        sane = wanted and re.fullmatch(r"[A-Za-z0-9._-]{1,128}", wanted)
         self.id = wanted if sane else os.urandom(12).hex()
         self.request, self.settings, self.relay = request, settings, relay
         self.loop = asyncio.get_running_loop()
         self.task = asyncio.current_task()
         self.response: web.StreamResponse | None = None  # once its status is settled
-        self.upstream: aiohttp.ClientResponse | None = None
+        self.answer: aiohttp.ClientResponse | None = None
         # for the log and the metrics
         self.status = 0
         self.outcome = "client_gone"  # what it is, unless somebody says otherwise
@@ -744,6 +753,9 @@ class Stream:
         writer = await self.response.prepare(self.request)
         assert writer is not None
         return writer
+
+    def watch(self) -> None:
+        self.timer = self.loop.call_later(self.settings.look_seconds, self.tick)
 
     def tick(self) -> None:
         """The one timer of a stream. To set a deadline at each read and each write would cost
@@ -778,7 +790,7 @@ class Stream:
     def end_broken_body(self) -> None:
         """Broken chunked encoding makes aiohttp drop the upstream's connection without a word
         to the reader, who would wait until the idle limit."""
-        answer = self.upstream
+        answer = self.answer
         if answer and answer.connection and answer.connection.closed:
             answer.content.feed_eof()
 
@@ -795,10 +807,10 @@ class Stream:
 
     def let_upstream_go(self) -> None:
         """At once, since tokens cost money: close() over TLS would wait for a goodbye."""
-        if self.upstream:
-            if self.upstream.connection and self.upstream.connection.transport:
-                self.upstream.connection.transport.abort()
-            self.upstream.close()
+        if self.answer and self.answer.connection:  # else its body has been read to the end
+            if self.answer.connection.transport:
+                self.answer.connection.transport.abort()
+            self.answer.close()
 
     def stop_timers(self) -> None:
         for each in (self.timer, self.beating):
@@ -828,6 +840,8 @@ def describe(error: BaseException) -> str:
     cause = getattr(error, "os_error", None) or getattr(error, "certificate_error", None) or error
     number = getattr(cause, "errno", None)
     reason = getattr(cause, "verify_message", "") or (os.strerror(number) if number else "")
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        reason += " (SSL_CERT_FILE can name a file of authorities; macOS needs it)"
     return f"{type(cause).__name__} {reason}".strip()
 
 
@@ -859,6 +873,142 @@ def environment_proxy(url: str) -> str | None:
         return None
     proxy = urllib.request.getproxies().get(parts.scheme)
     return proxy if not proxy or "://" in proxy else "http://" + proxy
+
+
+class Upstream:
+    """The model server, and our connections to it."""
+
+    def __init__(self, settings: Settings, proxy: str | None, secrets: Secrets) -> None:
+        self.settings, self.proxy, self.secrets = settings, proxy, secrets
+        self.url = settings.base_url or OPENAI_URL
+        headers = {
+            "Accept": "text/event-stream",
+            "Accept-Encoding": "identity",  # a compressed stream comes in bursts
+            "Content-Type": "application/json",
+            "User-Agent": "chatstream",
+        }
+        if settings.api_key:
+            headers["Authorization"] = f"Bearer {settings.api_key}"
+        self.session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0),  # by default the 101st stream waits
+            timeout=aiohttp.ClientTimeout(total=None, connect=settings.connect_seconds),
+            cookie_jar=aiohttp.DummyCookieJar(),  # else one person's cookie goes to the next
+            headers=headers,
+            response_class=UpstreamAnswer,
+            read_bufsize=2**16,
+        )
+
+    async def request(
+        self, stream: Stream, method: str, path: str, body: bytes = b""
+    ) -> aiohttp.ClientResponse:
+        """The upstream's answer, if its status is a good one. Tries once more if a connection
+        dies before any byte came: a server may close a pooled one just when we use it."""
+        for tries_left in (1, 0):
+            try:
+                stream.answer = await self.session.request(
+                    method,
+                    self.url + path,
+                    data=io.BytesIO(body) if len(body) > 2**20 else body,  # aiohttp warns of more
+                    headers={"X-Request-Id": stream.id},
+                    proxy=self.proxy,
+                    allow_redirects=False,  # the key would travel along
+                )
+                break
+            except aiohttp.ServerTimeoutError:
+                raise Failure("upstream_timeout", cause="connecting took too long") from None
+            except aiohttp.ClientResponseError as error:
+                raise Failure("upstream_invalid", cause=describe(error)) from None
+            except BROKEN as error:
+                if not (tries_left and died_before_answering(error)):
+                    raise Failure("upstream_unreachable", cause=describe(error)) from None
+        assert stream.answer is not None
+        if not 200 <= stream.answer.status < 300:
+            raise await self.status_failure(stream.answer)
+        return stream.answer
+
+    async def status_failure(self, answer: aiohttp.ClientResponse) -> Failure:
+        """What a bad status means: the client's fault is told as it came, ours is a 502."""
+        status, cause = answer.status, f"HTTP {answer.status}"
+        if status in (401, 403):
+            return Failure("upstream_auth", cause=f"{cause}: is OPENAI_API_KEY right?")
+        if not 400 <= status < 500:
+            return Failure("upstream_error", cause=cause)
+        kept = {
+            name: value
+            for name, value in answer.headers.items()
+            if name.lower().startswith(("retry-after", "x-ratelimit-")) and value.isascii()
+        }
+        try:
+            error = parse_json(await read_whole(answer, self.settings.max_event_bytes))
+        except (ValueError, RecursionError):
+            error = None
+        departs = {"status": status, "headers": kept, "cause": cause}
+        return reported(error, "upstream_rejected", self.secrets, **departs)
+
+    async def chat(self, stream: Stream, body: bytes) -> aiohttp.ClientResponse:
+        """The upstream's answer, if it is one to relay. Raises Failure for any other."""
+        answer = await self.request(stream, "POST", "/chat/completions", body)
+        kind = answer.headers.get("Content-Type", "text/event-stream").lower()
+        if kind.startswith("text/html"):
+            raise Failure("upstream_error", cause="an HTML page")
+        if not kind.startswith(("text/event-stream", "application/json")):
+            raise Failure("upstream_invalid", cause="neither an event stream nor JSON")
+        return answer
+
+    async def models(self, stream: Stream) -> list[str]:
+        """The names that the upstream lists. Raises Failure."""
+        try:
+            async with asyncio.timeout(self.settings.connect_seconds):
+                answer = await self.request(stream, "GET", "/models")
+                listed = parse_object(await read_whole(answer, self.settings.max_event_bytes))
+            return [each["id"] for each in listed["data"] if isinstance(each["id"], str)]
+        except TimeoutError:
+            raise Failure("upstream_timeout") from None
+        except (ValueError, RecursionError, KeyError, TypeError):
+            raise Failure("upstream_invalid", "The model server lists no models.") from None
+        finally:
+            stream.let_upstream_go()
+
+
+# ---- Who gets in -------------------------------------------------------------------------
+# A page on another origin, or one whose name was rebound to this machine's address, must not
+# be able to spend the key. Browsers tell of both in headers that no page can change, and ask
+# before they send JSON from elsewhere.
+
+
+def host_name(authority: str) -> str:
+    """`LocalHost:8080` -> `localhost`, `[::1]:8080` -> `[::1]`."""
+    return re.sub(r":\d*$", "", authority.lower())
+
+
+def check_origin(request: web.BaseRequest, hosts: set[str]) -> None:
+    """Raises Failure for a Host that is not ours and for a POST from another origin."""
+    host = request.headers.get("Host", "").lower()
+    if hosts and host_name(host) not in hosts:
+        raise Failure("forbidden_host")
+    if request.method != "POST":
+        return
+    site, origin = request.headers.get("Sec-Fetch-Site"), request.headers.get("Origin")
+    if site is not None:
+        same = site in ("same-origin", "none")
+    else:  # no browser, or an old one
+        same = origin is None or origin.partition("://")[2].lower() == host
+    if not same:
+        raise Failure("forbidden_origin")
+
+
+def check_media_type(request: web.BaseRequest) -> None:
+    encoding = request.headers.get("Content-Encoding", "identity").lower()
+    if encoding != "identity" or request.content_type != "application/json":
+        raise Failure("unsupported_media_type")
+
+
+def check_token(request: web.BaseRequest, token: str) -> None:
+    scheme, _, sent = request.headers.get("Authorization", "").partition(" ")
+    # compare_digest takes a time that does not tell where the two differ
+    right = hmac.compare_digest(sent.strip().encode(errors="surrogateescape"), token.encode())
+    if token and not (right and scheme.lower() == "bearer"):
+        raise Failure("invalid_token", headers={"WWW-Authenticate": "Bearer"})
 
 
 # ---- The page ----------------------------------------------------------------------------
@@ -900,12 +1050,7 @@ Handler = Callable[[Stream], Awaitable[web.StreamResponse | None]]
 def log_line(line: str) -> None:
     """On stderr; `logging` would cost a twelfth of all that a short stream does."""
     with suppress(OSError):
-        print(time.strftime("%Y-%m-%d %H:%M:%S"), line, file=sys.stderr, flush=True)
-
-
-def host_name(authority: str) -> str:
-    """`LocalHost:8080` -> `localhost`, `[::1]:8080` -> `[::1]`."""
-    return re.sub(r":\d*$", "", authority.lower())
+        print(time.strftime("%Y-%m-%d %H:%M:%S"), line, file=sys.stderr)
 
 
 def server_tls(settings: Settings) -> ssl.SSLContext | None:
@@ -925,16 +1070,19 @@ def server_tls(settings: Settings) -> ssl.SSLContext | None:
 class Chatstream:
     """The server: `start()` it, and `drain()` it in the end."""
 
-    def __init__(self, settings: Settings, log: Callable[[str], None] = log_line) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        proxy: str | None = None,
+        log: Callable[[str], None] = log_line,
+    ) -> None:
         try:
             html = Path(__file__).with_name("index.html").read_text(encoding="utf-8")
         except OSError:
             raise BadSetting("index.html is missing: it must lie beside chatstream.py") from None
-        self.settings, self.log = settings, log
-        self.base_url = settings.base_url or OPENAI_URL
-        self.proxy = environment_proxy(self.base_url)
-        words = (settings.api_key, settings.token, urlsplit(self.base_url).netloc)
-        self.secrets = tuple(word for word in words if word)
+        self.settings, self.proxy, self.log = settings, proxy, log
+        place = urlsplit(settings.base_url or OPENAI_URL).netloc
+        self.secrets = secret_pattern(settings.api_key, settings.token, place)
         self.hosts = {host_name(name) for name in settings.allowed_hosts}
         if is_loopback(settings.host):
             self.hosts |= {"localhost", "127.0.0.1", "[::1]", settings.host}
@@ -957,12 +1105,12 @@ class Chatstream:
 
     async def chat(self, stream: Stream) -> web.StreamResponse | None:
         """Check the request; ask the upstream; relay what it says; let it go, come what may."""
-        stream.tick()
+        stream.watch()
         try:
-            async with asyncio.timeout(None) as stream.limit:  # which Stream.stop() pulls
+            async with asyncio.timeout(None) as stream.limit:  # Stream.stop() ends it
                 body = validate(await self.read_body(stream.request), self.settings.model)
                 self.admit(stream)
-                answer = await self.ask(stream, body)
+                answer = await self.upstream.chat(stream, body)
                 await self.pass_on(stream, answer)
         except TimeoutError:
             raise stream.verdict or Failure("upstream_timeout") from None
@@ -997,63 +1145,6 @@ class Chatstream:
         self.live.add(stream)
         stream.receiving = False
         stream.moved_at = stream.sent_at = stream.loop.time()
-
-    async def ask(self, stream: Stream, body: bytes) -> aiohttp.ClientResponse:
-        """The upstream's answer, if it is one to relay. Raises Failure for any other."""
-        answer = await self.request(stream, "POST", "/chat/completions", body)
-        kind = answer.headers.get("Content-Type", "text/event-stream").lower()
-        if kind.startswith("text/html"):
-            raise Failure("upstream_error", cause="an HTML page")
-        if not kind.startswith(("text/event-stream", "application/json")):
-            raise Failure("upstream_invalid", cause="neither an event stream nor JSON")
-        return answer
-
-    async def request(
-        self, stream: Stream, method: str, path: str, body: bytes = b""
-    ) -> aiohttp.ClientResponse:
-        """The upstream's answer, if its status is a good one. Tries once more if a connection
-        dies before any byte came: a server may close a pooled one just when we use it."""
-        for tries_left in (1, 0):
-            try:
-                stream.upstream = await self.session.request(
-                    method,
-                    self.base_url + path,
-                    data=io.BytesIO(body) if len(body) > 2**20 else body,  # aiohttp warns of more
-                    headers={"X-Request-Id": stream.id},
-                    proxy=self.proxy,
-                    allow_redirects=False,  # the key would travel along
-                )
-                break
-            except aiohttp.ServerTimeoutError:
-                raise Failure("upstream_timeout", cause="connecting took too long") from None
-            except aiohttp.ClientResponseError as error:
-                raise Failure("upstream_invalid", cause=describe(error)) from None
-            except BROKEN as error:
-                if not (tries_left and died_before_answering(error)):
-                    raise Failure("upstream_unreachable", cause=describe(error)) from None
-        assert stream.upstream is not None
-        if not 200 <= stream.upstream.status < 300:
-            raise await self.status_failure(stream.upstream)
-        return stream.upstream
-
-    async def status_failure(self, answer: aiohttp.ClientResponse) -> Failure:
-        """What a bad status means: the client's fault is told as it came, ours is a 502."""
-        status, cause = answer.status, f"HTTP {answer.status}"
-        if status in (401, 403):
-            return Failure("upstream_auth", cause=f"{cause}: is OPENAI_API_KEY right?")
-        if not 400 <= status < 500:
-            return Failure("upstream_error", cause=cause)
-        kept = {
-            name: value
-            for name, value in answer.headers.items()
-            if name.lower().startswith(("retry-after", "x-ratelimit-")) and value.isascii()
-        }
-        try:
-            error = parse_json(await read_whole(answer, self.settings.max_event_bytes))
-        except (ValueError, RecursionError):
-            error = None
-        departs = {"status": status, "headers": kept, "cause": cause}
-        return reported(error, "upstream_rejected", self.secrets, **departs)
 
     async def pass_on(self, stream: Stream, answer: aiohttp.ClientResponse) -> None:
         """Relays the upstream's events, each the moment its last byte is in. While the client
@@ -1090,22 +1181,9 @@ class Chatstream:
         names = dict.fromkeys(self.settings.model)  # in their order, each once
         if "*" in names:
             del names["*"]
-            names |= dict.fromkeys(await self.upstream_models(stream))
+            names |= dict.fromkeys(await self.upstream.models(stream))
         data = [{"id": name, "object": "model"} for name in names]
         return web.json_response({"object": "list", "data": data})
-
-    async def upstream_models(self, stream: Stream) -> list[str]:
-        try:
-            async with asyncio.timeout(self.settings.connect_seconds):
-                answer = await self.request(stream, "GET", "/models")
-                listed = parse_object(await read_whole(answer, self.settings.max_event_bytes))
-            return [each["id"] for each in listed["data"] if isinstance(each["id"], str)]
-        except TimeoutError:
-            raise Failure("upstream_timeout") from None
-        except (ValueError, RecursionError, KeyError, TypeError):
-            raise Failure("upstream_invalid", "The model server lists no models.") from None
-        finally:
-            stream.let_upstream_go()
 
     async def healthz(self, stream: Stream) -> web.StreamResponse:
         return web.json_response({"status": "ok"})
@@ -1154,7 +1232,7 @@ class Chatstream:
         request, path = stream.request, stream.request.path
         guarded = path in ("/", "/stream") or path.startswith("/v1/")
         if guarded:
-            self.check_origin(request)
+            check_origin(request, self.hosts)
         if path not in self.routes:
             raise Failure("not_found")
         method, handler = self.routes[path]
@@ -1164,34 +1242,10 @@ class Chatstream:
         if guarded and self.draining:
             raise Failure("server_draining", headers=RETRY_SOON)
         if method == "POST":
-            encoding = request.headers.get("Content-Encoding", "identity").lower()
-            if encoding != "identity" or request.content_type != "application/json":
-                raise Failure("unsupported_media_type")
+            check_media_type(request)
         if guarded and path != "/":
-            self.check_token(request)
+            check_token(request, self.settings.token)
         return await handler(stream)
-
-    def check_origin(self, request: web.BaseRequest) -> None:
-        """A page on another origin, or one whose name was rebound to this machine's address,
-        must not be able to spend the key. Browsers tell of both in headers that no page can
-        change, and ask us before they send JSON from elsewhere. Raises Failure."""
-        host = request.headers.get("Host", "").lower()
-        if self.hosts and host_name(host) not in self.hosts:
-            raise Failure("forbidden_host")
-        if request.method != "POST":
-            return
-        site, origin = request.headers.get("Sec-Fetch-Site"), request.headers.get("Origin")
-        same = origin is None or origin.partition("://")[2].lower() == host
-        if site not in ("same-origin", "none") if site is not None else not same:
-            raise Failure("forbidden_origin")
-
-    def check_token(self, request: web.BaseRequest) -> None:
-        scheme, _, sent = request.headers.get("Authorization", "").partition(" ")
-        expected = self.settings.token.encode()
-        # compare_digest takes a time that does not tell where the two differ
-        right = hmac.compare_digest(sent.strip().encode(errors="surrogateescape"), expected)
-        if expected and not (right and scheme.lower() == "bearer"):
-            raise Failure("invalid_token", headers={"WWW-Authenticate": "Bearer"})
 
     async def fail(self, stream: Stream, failure: Failure) -> web.StreamResponse:
         """Tells the client: by a status while that can be chosen, else by a last event, after
@@ -1226,14 +1280,7 @@ class Chatstream:
     async def start(self) -> str:
         """Listens; returns the address. Raises BadSetting where it cannot."""
         settings, tls = self.settings, server_tls(self.settings)
-        self.session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),  # by default the 101st stream waits
-            timeout=aiohttp.ClientTimeout(total=None, connect=settings.connect_seconds),
-            cookie_jar=aiohttp.DummyCookieJar(),  # else one person's cookie goes to the next
-            headers=self.upstream_headers(),
-            response_class=UpstreamAnswer,
-            read_bufsize=2**16,
-        )
+        self.upstream = Upstream(settings, self.proxy, self.secrets)
         server = web.Server(
             self.handle,
             handler_cancellation=True,  # else a silent upstream outlives its reader
@@ -1263,15 +1310,6 @@ class Chatstream:
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         return f"http{'s' if tls else ''}://{host}:{self.runner.addresses[0][1]}"
 
-    def upstream_headers(self) -> dict[str, str]:
-        key = self.settings.api_key
-        return {
-            "Accept": "text/event-stream",
-            "Accept-Encoding": "identity",  # a compressed stream comes in bursts
-            "Content-Type": "application/json",
-            "User-Agent": "chatstream",
-        } | ({"Authorization": f"Bearer {key}"} if key else {})
-
     async def drain(self) -> None:
         """Ends without cutting an answer, if the drain time allows it."""
         self.draining = True  # 1. no new streams, and no new connections
@@ -1289,7 +1327,7 @@ class Chatstream:
             await asyncio.wait(tasks, timeout=seconds)
 
     async def stop(self) -> None:
-        await self.session.close()
+        await self.upstream.session.close()
         await self.runner.cleanup()
 
 
@@ -1342,6 +1380,7 @@ async def demo_words(model: str, question: str, silence: float) -> AsyncIterator
     fails = model in ("demo-cut-off", "demo-error")
     if model == "demo-slow-start":
         await asyncio.sleep(silence)
+    yield demo_event([{"index": 0, "delta": {"role": "assistant", "content": ""}}])
     for word in words[: len(words) // 2] if fails else words:
         yield demo_event([{"index": 0, "delta": {"content": word}, "finish_reason": None}])
         await asyncio.sleep(0.02)
@@ -1355,20 +1394,21 @@ async def demo_words(model: str, question: str, silence: float) -> AsyncIterator
 
 
 async def demo_upstream(request: web.BaseRequest, silence: float) -> web.StreamResponse:
-    chat = parse_object(await request.read())
+    chat = parse_object(b"".join([piece async for piece in request.content.iter_any()]))
     if chat["model"] == "demo-rate-limit":
         error = demo_error("The demo takes no request just now.", "rate_limit_exceeded")
         return web.json_response(error, status=429, headers={"Retry-After": "5"})
     question = chat["messages"][-1].get("content")
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
     await response.prepare(request)
-    async for event in demo_words(chat["model"], str(question), silence):
+    asked = question if isinstance(question, str) else "(something that is no text)"
+    async for event in demo_words(chat["model"], asked, silence):
         await response.write(event)
     return response
 
 
 @asynccontextmanager
-async def with_upstream(settings: Settings) -> AsyncIterator[Settings]:
+async def with_demo(settings: Settings) -> AsyncIterator[Settings]:
     """The settings; if they name no upstream, with a demo upstream on a loopback port."""
     if settings.api_key or settings.base_url:
         yield settings
@@ -1412,8 +1452,9 @@ async def serve(chosen: Settings) -> None:
             os._exit(1)
         loop.call_soon_threadsafe(stopping.set)
 
-    async with with_upstream(chosen) as settings:
-        server = Chatstream(settings)
+    async with with_demo(chosen) as settings:
+        proxy = environment_proxy(settings.base_url or OPENAI_URL) if settings is chosen else None
+        server = Chatstream(settings, proxy)
         address = await server.start()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, on_signal)  # on Windows the loop has no add_signal_handler

@@ -31,7 +31,7 @@ from urllib.parse import urlsplit
 import aiohttp
 
 import chatstream
-from chatstream import Chatstream, Relay, Settings, public
+from chatstream import Chatstream, Relay, Settings, environment_proxy, public, secret_pattern
 
 HERE = Path(__file__).parent
 logging.getLogger("aiohttp.server").addFilter(chatstream.is_our_fault)
@@ -209,7 +209,8 @@ async def serving(up: Upstream | None = None, **settings: Any) -> AsyncIterator[
     if up:
         settings["base_url"] = up.url
     settings = {"port": 0, "drain_seconds": 0.0, "model": ("m",)} | settings
-    server = Chatstream(Settings(**settings), log=lambda line: None)
+    proxy = environment_proxy(settings.get("base_url", ""))
+    server = Chatstream(Settings(**settings), proxy, log=lambda line: None)
     try:
         yield await server.start()
     finally:
@@ -524,7 +525,7 @@ class Quirks(unittest.TestCase):
     """What upstreams really send (the sources stand in the names), cut in every way."""
 
     def feed(self, body: bytes, cuts: list[int], cut: bool = False) -> tuple[bytes, Relay]:
-        relay, out = Relay(100_000, ("sk-secret",)), b""
+        relay, out = Relay(100_000, secret_pattern("sk-secret")), b""
         bounds = [0, *cuts, len(body)]
         for start, end in itertools.pairwise(bounds):
             if start < end and not (relay.done or relay.failure):
@@ -606,7 +607,7 @@ class Transcripts(Case):
             self.assertEqual(answer.status, status)
             said = json.loads(body)
             said = said["error"] if isinstance(said["error"], dict) else said
-            self.assertEqual(answer.error["message"], public(said["message"], ()))
+            self.assertEqual(answer.error["message"], public(said["message"], secret_pattern()))
         elif b'"chat.completion"' in body:
             self.assertEqual(answer.payloads[-1], b"[DONE]")
         elif b"data: [DONE]" in body and b'"error"' not in body and b"$\n" not in body:
