@@ -46,6 +46,7 @@ from chatstream import Chatstream, Relay, Settings, environment_proxy, public, s
 
 HERE = Path(__file__).parent
 logging.getLogger("aiohttp.server").addFilter(chatstream.is_our_fault)
+logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of each slow step
 PATIENCE = 10.0 * float(os.environ.get("CHATSTREAM_TEST_PATIENCE", "1"))  # seconds, then: red
 DONE = b"data: [DONE]\n\n"
 HELLO = {"messages": [{"role": "user", "content": "Hello"}]}
@@ -2488,5 +2489,95 @@ class Neighbours(Case):
             return any(slot["is_processing"] for slot in await response.json())
 
 
+# ---- The measure -------------------------------------------------------------------------
+# `python test_chatstream.py bench`: the same streams straight from a scripted upstream and
+# through chatstream, each end a process of its own. The upstream writes the time into each
+# event, so that the delay of each is read off one clock. Linux, for /proc.
+
+WORK = {  # name: (streams at once, events in each, seconds between two)
+    "paced": (100, 100, 0.02),
+    "saturated": (20, 5000, 0.0),
+}
+
+
+async def paced_reply(call: Call) -> None:
+    """Events that carry the nanosecond at which they were written, at the pace asked for."""
+    events, pause = json.loads(call.body["messages"][0]["content"])
+    due = time.monotonic()
+    await call.start()
+    for number in range(events):
+        await call.send(delta(content=f"t{time.monotonic_ns()} "))
+        due += pause
+        if pause or number % 16 == 15:
+            await asyncio.sleep(max(0, due - time.monotonic()) if pause else 0)
+    await call.send(delta("stop"))
+    await call.send(DONE)
+
+
+async def bench_upstream() -> None:
+    async with upstream(paced_reply) as up:
+        print(up.url, flush=True)
+        await asyncio.Event().wait()
+
+
+async def bench_stream(client: aiohttp.ClientSession, url: str, work: str) -> list[float]:
+    """The delay of each event of one stream in ms, and, at the end, the time to the first."""
+    content = json.dumps(WORK[work][1:])
+    body = {"model": "m", "messages": [{"role": "user", "content": content}]}
+    started, delays = time.monotonic_ns(), []
+    async with client.post(url, json=body) as response:
+        async for line in response.content:
+            if found := re.search(rb'"t(\d+) "', line):
+                delays.append((time.monotonic_ns() - int(found[1])) / 1e6)
+                if len(delays) == 1:
+                    first = (time.monotonic_ns() - started) / 1e6
+    assert len(delays) == WORK[work][1], f"a stream of {len(delays)} events"
+    return [*delays, first]
+
+
+def processor_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def bench_work(work: str, url: str, run: Program | None) -> None:
+    """One row: the streams of this work, straight (no `run`) or through chatstream."""
+    streams = WORK[work][0]
+    timeout = aiohttp.ClientTimeout(total=120)
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as client:
+        await bench_stream(client, url, work)  # what a first stream costs is not the question
+        before = (processor_seconds(run.process.pid), run.memory()) if run else (0.0, 0)
+        tasks = [asyncio.create_task(bench_stream(client, url, work)) for _ in range(streams)]
+        await asyncio.wait(tasks, timeout=1)
+        memory = (run.memory() - before[1]) / 1024 / streams if run else 0
+        results = await asyncio.gather(*tasks)
+        used = processor_seconds(run.process.pid) - before[0] if run else 0
+    firsts = sorted(result.pop() for result in results)
+    delays = sorted(itertools.chain(*results))
+    row = f"{work:10} {'through' if run else 'straight':9} {len(delays):7}"
+    row += f" {delays[len(delays) // 2]:8.2f} {delays[len(delays) * 99 // 100]:8.2f}"
+    row += f" {firsts[streams // 2]:8.2f}"
+    print(row + (f" {1e6 * used / len(delays):8.1f} {memory:8.0f}" if run else ""), flush=True)
+
+
+async def bench() -> None:
+    print(f"Python {sys.version.split()[0]}, aiohttp {aiohttp.__version__}, {os.cpu_count()} cores")
+    print("work       way        events   p50 ms   p99 ms first ms   CPU µs KB/stream")
+    environment = {"PYTHONDEVMODE": ""}
+    async with running([__file__, "bench-upstream"], environment) as up:
+        base = up.out.strip()
+        environment |= {"OPENAI_BASE_URL": base, "OPENAI_MODEL": "m"}
+        async with program(**environment) as run:
+            for work in WORK:
+                await bench_work(work, base + "/chat/completions", None)
+                await bench_work(work, run.url + "/stream", run)
+
+
 if __name__ == "__main__":
-    unittest.main()
+    if sys.argv[1:] == ["bench"]:
+        asyncio.run(bench())
+    elif sys.argv[1:] == ["bench-upstream"]:
+        asyncio.run(bench_upstream())
+    else:
+        unittest.main()
