@@ -428,21 +428,21 @@ class EventTooLarge(Exception):
     """The event under way is longer than the parser's limit."""
 
 
+@dataclass(slots=True)
 class EventParser:
     """Server-sent events from bytes in any pieces (WHATWG HTML standard, section 9.2.6).
 
     One thing beyond the standard: a line `error: {…}`, which llama.cpp sent through 2025
     (ggml-org/llama.cpp#16109), counts as `event: error` with that data."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit  # bytes of data in one event, and so of memory
-        self.partial = bytearray()  # the line that has no end yet
-        self.after_cr = False  # the last piece ended in CR: a LF now would be its other half
-        self.at_start = True
-        self.name = b""
-        self.data: list[bytes] = []
-        self.size = 0
-        self.stray = False  # there was a line that no event stream has
+    limit: int  # bytes of data in one event, and so of memory
+    partial: bytearray = field(default_factory=bytearray)  # the line that has no end yet
+    after_cr: bool = False  # the last piece ended in CR: a LF now would be its other half
+    at_start: bool = True
+    name: bytes = b""
+    data: list[bytes] = field(default_factory=list)
+    size: int = 0
+    stray: bool = False  # there was a line that no event stream has
 
     def feed(self, piece: bytes) -> Iterator[Event]:
         """The events that this piece completes. Raises EventTooLarge after the good ones."""
@@ -510,23 +510,23 @@ def as_chunk(completion: Chat) -> bytes:
     return encode_json(chunk).encode()
 
 
+@dataclass(slots=True)
 class Relay:
     """An upstream's bytes in, the client's bytes out, both in any pieces.
 
     It is over when `done` (the answer is whole) or when there is a `failure`; what came
     before the failure has then been given out."""
 
-    def __init__(self, limit: int, secrets: Secrets) -> None:
-        self.parser = EventParser(limit)
-        self.secrets = secrets
-        self.events = 0  # chunks given out
-        self.heard = 0  # events that came, the dropped ones too
-        self.finished = False  # a `finish_reason` came: the end may follow without [DONE]
-        self.done = False
-        self.failure: Failure | None = None
-        self.around = (b"", b"")  # what stands around the text of a chunk: see remember()
-        self.is_json: bool | None = None  # no stream: some upstreams answer in one piece
-        self.body = bytearray()
+    parser: EventParser
+    secrets: Secrets
+    events: int = 0  # chunks given out
+    heard: int = 0  # events that came, the dropped ones too
+    finished: bool = False  # a `finish_reason` came: the end may follow without [DONE]
+    done: bool = False
+    failure: Failure | None = None
+    around: tuple[bytes, bytes] = (b"", b"")  # the text of a chunk: see remember()
+    is_json: bool | None = None  # no stream: some upstreams answer in one piece
+    body: bytearray = field(default_factory=bytearray)  # of such an answer
 
     def feed(self, piece: bytes) -> bytes:
         """What goes out now that this piece has come."""
@@ -720,30 +720,39 @@ class EventStream(web.StreamResponse):
     _send_headers_immediately = False  # they go out with the first event, in one packet
 
 
+@dataclass(eq=False, slots=True)
 class Stream:
-    def __init__(self, request: web.BaseRequest, settings: Settings, relay: Relay) -> None:
-        wanted = request.headers.get("X-Request-Id", "")
+    request: web.BaseRequest
+    settings: Settings
+    relay: Relay
+    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
+    task: asyncio.Task[Any] | None = field(default_factory=asyncio.current_task)
+    id: str = ""
+    response: web.StreamResponse | None = None  # ours, once its status is settled
+    answer: aiohttp.ClientResponse | None = None  # the upstream's
+    # for the log and the metrics
+    status: int = 0
+    outcome: str = "client_gone"  # what it is, unless somebody says otherwise
+    cause: str = ""
+    started: float = 0.0
+    first_event: float | None = None  # seconds after that
+    # for the timer: what it saw last, and when that had changed
+    receiving: bool = True  # the request's body is not here yet
+    moved: tuple[int, int] = (0, 0)
+    moved_at: float = 0.0
+    sent: int = 0
+    sent_at: float = 0.0
+    timer: asyncio.TimerHandle | None = None
+    beating: asyncio.Task[None] | None = None
+    # for stop()
+    limit: asyncio.Timeout | None = None
+    verdict: Failure | None = None
+
+    def __post_init__(self) -> None:
+        wanted = self.request.headers.get("X-Request-Id", "")
         sane = wanted and re.fullmatch(r"[A-Za-z0-9._-]{1,128}", wanted)
         self.id = wanted if sane else os.urandom(12).hex()
-        self.request, self.settings, self.relay = request, settings, relay
-        self.loop = asyncio.get_running_loop()
-        self.task = asyncio.current_task()
-        self.response: web.StreamResponse | None = None  # once its status is settled
-        self.answer: aiohttp.ClientResponse | None = None
-        # for the log and the metrics
-        self.status = 0
-        self.outcome = "client_gone"  # what it is, unless somebody says otherwise
-        self.cause = ""
-        self.first_event: float | None = None  # seconds
-        # for the timer: what it saw last, and when that had changed
-        self.receiving = True  # the request's body is not here yet
-        self.moved, self.sent = (0, 0), 0
         self.started = self.moved_at = self.sent_at = self.loop.time()
-        self.timer: asyncio.TimerHandle | None = None
-        self.beating: asyncio.Task[None] | None = None
-        # for stop()
-        self.limit: asyncio.Timeout | None = None
-        self.verdict: Failure | None = None
 
     async def open(self) -> AbstractStreamWriter:
         """The point of no return: the status is 200 from here on."""
@@ -1116,6 +1125,7 @@ class Chatstream:
                 body = validate(await self.read_body(stream.request), self.settings.model)
                 self.admit(stream)
                 answer = await self.upstream.chat(stream, body)
+                del body  # a long conversation need not stay in memory while its answer streams
                 await self.pass_on(stream, answer)
         except TimeoutError:
             raise stream.verdict or Failure("upstream_timeout") from None
@@ -1207,11 +1217,11 @@ class Chatstream:
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """The one place where a failure becomes an answer, and where a stream is settled."""
-        relay = Relay(self.settings.max_event_bytes, self.secrets)
+        relay = Relay(EventParser(self.settings.max_event_bytes), self.secrets)
         stream = Stream(request, self.settings, relay)
         response: web.StreamResponse | None = None
         try:
-            response = await self.route(stream)
+            response = await self.route(request)(stream)
         except ConnectionError:  # the client has gone, seen while writing; else we are cancelled
             response = stream.response
         except Failure as failure:
@@ -1232,9 +1242,9 @@ class Chatstream:
                 response.force_close()
         return response
 
-    async def route(self, stream: Stream) -> web.StreamResponse | None:
+    def route(self, request: web.BaseRequest) -> Handler:
         """Who gets in, and where to. Raises Failure."""
-        request, path = stream.request, stream.request.path
+        path = request.path
         guarded = path in ("/", "/stream") or path.startswith("/v1/")
         if guarded:
             check_origin(request, self.hosts)
@@ -1250,7 +1260,7 @@ class Chatstream:
             check_media_type(request)
         if guarded and path != "/":
             check_token(request, self.settings.token)
-        return await handler(stream)
+        return handler
 
     async def fail(self, stream: Stream, failure: Failure) -> web.StreamResponse:
         """Tells the client: by a status while that can be chosen, else by a last event, after

@@ -42,7 +42,15 @@ from urllib.parse import urlsplit
 import aiohttp
 
 import chatstream
-from chatstream import Chatstream, Relay, Settings, environment_proxy, public, secret_pattern
+from chatstream import (
+    Chatstream,
+    EventParser,
+    Relay,
+    Settings,
+    environment_proxy,
+    public,
+    secret_pattern,
+)
 
 HERE = Path(__file__).parent
 logging.getLogger("aiohttp.server").addFilter(chatstream.is_our_fault)
@@ -550,7 +558,7 @@ class Quirks(unittest.TestCase):
     """What upstreams really send (the sources stand in the names), cut in every way."""
 
     def feed(self, body: bytes, cuts: list[int], cut: bool = False) -> tuple[bytes, Relay]:
-        relay, out = Relay(100_000, secret_pattern("sk-secret")), b""
+        relay, out = Relay(EventParser(100_000), secret_pattern("sk-secret")), b""
         bounds = [0, *cuts, len(body)]
         for start, end in itertools.pairwise(bounds):
             if start < end and not (relay.done or relay.failure):
