@@ -620,9 +620,9 @@ class Relay:
                 if "message" in choice and "delta" not in choice:
                     data = as_chunk(chunk)
         self.events += 1
-        self.remember(data)
-        # Where a line ended inside the payload a space goes out: in JSON they mean the same.
-        return b"data: %b\n\n" % data.replace(b"\n", b" ")
+        line = data.replace(b"\n", b" ")  # a line end between two tokens of JSON
+        self.remember(line)
+        return b"data: %b\n\n" % line
 
     def whole(self) -> bytes:
         """A completion in one piece goes out as one chunk and [DONE]."""
@@ -959,7 +959,7 @@ class Upstream:
         departs = {"status": status, "headers": kept, "cause": cause}
         return reported(error, "upstream_rejected", self.secrets, **departs)
 
-    async def chat(self, stream: Stream, body: bytes) -> aiohttp.ClientResponse:
+    async def ask(self, stream: Stream, body: bytes) -> aiohttp.ClientResponse:
         """The upstream's answer, if it is one to relay. Raises Failure for any other."""
         answer = await self.request(stream, "POST", "/chat/completions", body)
         kind = answer.headers.get("Content-Type", "text/event-stream").lower()
@@ -1124,7 +1124,7 @@ class Chatstream:
             async with asyncio.timeout(None) as stream.limit:  # Stream.stop() ends it
                 body = validate(await self.read_body(stream.request), self.settings.model)
                 self.admit(stream)
-                answer = await self.upstream.chat(stream, body)
+                answer = await self.upstream.ask(stream, body)
                 del body  # a long conversation need not stay in memory while its answer streams
                 await self.pass_on(stream, answer)
         except TimeoutError:

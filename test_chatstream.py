@@ -15,6 +15,7 @@ import itertools
 import json
 import logging
 import os
+import random
 import re
 import shlex
 import shutil
@@ -452,6 +453,10 @@ GOOD_STREAMS = {  # name: (what the upstream sends, what goes out)
         b'data: {"choices":\ndata: [{"delta":{}}]}\n\n' + TAIL,
         framed(b'{"choices": [{"delta":{}}]}', STOP_CHUNK, b"[DONE]"),
     ),
+    "several data lines, twice": (
+        b'data: {"choices":[\ndata: ],"content":"a"}\n\n' * 2 + TAIL,
+        framed(b'{"choices":[ ],"content":"a"}') * 2 + TAIL,
+    ),
     "white space around": (
         b"data:   " + STOP_CHUNK + b"\t\n\ndata:  [DONE] \n\n",
         framed(b"  " + STOP_CHUNK + b"\t", b"[DONE]"),
@@ -604,6 +609,36 @@ class Quirks(unittest.TestCase):
             for cut in (True, False):
                 _, relay = self.feed(GOOD[:length], [], cut)
                 self.assertEqual(relay.failure and relay.failure.code, "stream_truncated")
+
+    def test_the_short_cut_changes_nothing(self) -> None:
+        """A payload that differs from a checked one in its text alone is not parsed again;
+        whatever comes, the outcome is the same as with a relay that parses them all."""
+
+        class Thorough(Relay):
+            def remember(self, data: bytes) -> None:
+                pass
+
+        chance = random.Random(7)
+        texts = ["a", " ", "", "é", "👩", '\\"', '"', "\\", "\\n", "\n", "\x00", "\r", '"}', '",""']
+        texts += ["\u2028", '"content":"', "data: x", "\\u00e9", "[DONE]", "\udc80", "]}", "\x7f"]
+        frames = ['{"choices":[{"delta":{"content":"%s"},"finish_reason":null}]}']
+        frames += ['{"choices":[{"delta":{"content": "%s"}}],"error":""}', '{"content":"%s"}']
+        for _ in range(3000):
+            rows = [chance.choice(frames).replace("%s", chance.choice(texts)) for _ in range(4)]
+            events = [f"data: {row}{chance.choice(['', ' '])}\n\n" for row in rows]
+            pieces = [event.encode(errors="surrogateescape") for event in events]
+            if chance.random() < 0.3:
+                pieces = [b"".join(pieces)]
+            if chance.random() < 0.2:
+                pieces = [byte for piece in pieces for byte in (piece[:9], piece[9:])]
+            results = []
+            for kind in (Relay, Thorough):
+                relay = kind(EventParser(200), secret_pattern())
+                out = b""
+                for piece in pieces:
+                    out += b"" if relay.failure else relay.feed(piece)
+                results.append((out, relay.events, relay.failure and relay.failure.code))
+            self.assertEqual(*results)
 
     def test_long_event_in_small_pieces(self) -> None:
         """An event just within the limit passes, and costs time in proportion to its length."""
