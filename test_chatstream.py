@@ -453,6 +453,10 @@ GOOD_STREAMS = {  # name: (what the upstream sends, what goes out)
         b'data: {"choices":\ndata: [{"delta":{}}]}\n\n' + TAIL,
         framed(b'{"choices": [{"delta":{}}]}', STOP_CHUNK, b"[DONE]"),
     ),
+    "several data lines ended by CRLF": (
+        b'data: {"choices":\r\ndata: [{"delta":{}}]}\r\n\r\n' + TAIL,
+        framed(b'{"choices": [{"delta":{}}]}', STOP_CHUNK, b"[DONE]"),
+    ),
     "several data lines, twice": (
         b'data: {"choices":[\ndata: ],"content":"a"}\n\n' * 2 + TAIL,
         framed(b'{"choices":[ ],"content":"a"}') * 2 + TAIL,
@@ -933,9 +937,12 @@ class Asking(Case):
 
     async def test_without_a_key(self) -> None:
         """No key: no Authorization header. And no cookie of an upstream is kept."""
-        async with upstream(fails(200, LOUD, set_cookie="a=b")) as up, serving(up) as url:
-            await self.ask(url)
-            await self.ask(url)
+        async with upstream(fails(200, LOUD, set_cookie="a=b")) as up:
+            up.url = up.url.replace("127.0.0.1", "localhost")  # cookies need a name
+            async with serving(up) as url:
+                await self.ask(url)
+                await self.ask(url)
+            self.assertEqual(len(up.calls), 2)
             for call in up.calls:
                 self.assertNotIn("authorization", call.headers)
                 self.assertNotIn("cookie", call.headers)
@@ -1090,6 +1097,53 @@ class Time(Case):
                         self.assertTrue(run.url.startswith("https://"))
                         took = await self.leave(up, run.url, wait_for_bytes=reply is stalls)
                         self.assertLess(took, 0.05)
+
+    @unittest.skipUnless(hasattr(socket, "TCP_INFO"), "TCP_INFO is Linux's")
+    async def test_mute_upstream_over_tls(self) -> None:
+        """An upstream that reads nothing any more, so that it would never say goodbye, is let
+        go all the same: before the head of its answer, and in mid-stream."""
+
+        async def mute(call: Call) -> None:
+            call.transport.pause_reading()
+            await asyncio.Event().wait()
+
+        async def begins_and_is_mute(call: Call) -> None:
+            await call.start()
+            await call.send(delta(content="Once"))
+            await mute(call)
+
+        def is_closed() -> bool:
+            sock = up.calls[0].transport.get_extra_info("socket")
+            state: bytes = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
+            return state != b"\x01"  # no longer ESTABLISHED
+
+        with certificate() as (cert, key):
+            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            context.load_cert_chain(cert, key)
+            for reply in (mute, begins_and_is_mute):
+                async with upstream(reply, context) as up:
+                    env = {"OPENAI_BASE_URL": up.url, "SSL_CERT_FILE": cert}
+                    async with program(**env) as run:
+                        ask = asyncio.ensure_future(self.ask(run.url))
+                        await self.eventually(lambda: up.calls)
+                        await asyncio.sleep(0.1)
+                        self.assertFalse(is_closed())
+                        ask.cancel()
+                        started = time.monotonic()
+                        await self.eventually(is_closed)
+                        self.assertLess(time.monotonic() - started, 0.5)
+
+    async def test_many_at_once(self) -> None:
+        """The 101st stream does not wait for the first hundred."""
+        async with upstream(stalls) as up, serving(up) as url:
+            connector = aiohttp.TCPConnector(limit=0)
+            async with aiohttp.ClientSession(connector=connector) as client:
+                asks = [client.post(url + "/stream", json=HELLO) for _ in range(120)]
+                answers = await asyncio.gather(*asks)
+                self.assertEqual(len(up.calls), 120)
+                self.assertEqual((await self.metrics(url))["chatstream_active_streams"], 120)
+                for answer in answers:
+                    answer.close()
 
     async def test_unknown_certificate(self) -> None:
         """An upstream whose certificate nobody vouches for is not spoken to."""
