@@ -200,17 +200,25 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def argument_parser() -> ArgumentParser:
     """--help, and a flag for every field that is no secret."""
-    parser = ArgumentParser("chatstream.py", allow_abbrev=False)
-    parser.description = "Serves a chat page, and streams OpenAI-compatible completions to it."
-    parser.epilog = "Secrets have a variable and no flag: "
+    parser = ArgumentParser(
+        "chatstream.py",
+        usage="python chatstream.py [--flag value …]",
+        description="Serves a chat page, and streams OpenAI-compatible completions to it.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=100),
+        allow_abbrev=False,
+    )
+    parser.epilog = "A flag beats its variable. Secrets have a variable and no flag: "
     for each in fields(Settings):
         kind, what, shown = each.metadata.values()
         if kind is SECRET:
             parser.epilog += f"{variable(each.name)} ({what}). "
             continue
-        more: Any = {"nargs": "?", "const": "true"} if kind is SWITCH else {}
-        flag, told = "--" + each.name.replace("_", "-"), f"{variable(each.name)}, {shown or '–'}"
-        parser.add_argument(flag, metavar="…", help=f"{what} [{told}]", **more)
+        flag, value = "--" + each.name.replace("_", "-"), each.name.rpartition("_")[2].upper()
+        told = f"{what} [{variable(each.name)}{shown and ', ' + shown}]"
+        if kind is SWITCH:  # `--reuse-port` alone means true
+            parser.add_argument(flag, metavar="true", help=told, nargs="?", const="true")
+        else:
+            parser.add_argument(flag, metavar=value, help=told)
     return parser
 
 
