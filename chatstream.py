@@ -42,6 +42,7 @@ import math
 import os
 import re
 import signal
+import socket
 import ssl
 import time
 import urllib.request
@@ -51,19 +52,19 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, cast
 from urllib.parse import urlsplit
 
 NEEDS_AIOHTTP = "chatstream needs aiohttp 3.14.2 or newer: pip install 'aiohttp>=3.14.2,<4'"
 try:
     import aiohttp
-    from aiohttp import web
-    from aiohttp.abc import AbstractStreamWriter
 except ImportError:
     sys.exit(NEEDS_AIOHTTP)
 # Older ones hand a half-read connection to the next request (aio-libs/aiohttp#12795, #12953).
 if tuple(map(int, re.findall(r"\d+", aiohttp.__version__)[:3])) < (3, 14, 2):
     sys.exit(f"{NEEDS_AIOHTTP}; this is {aiohttp.__version__}")
+from aiohttp import web
+from aiohttp.http import StreamWriter
 
 Chat = dict[str, Any]  # a chat-completions request or chunk, as parsed JSON
 
@@ -100,6 +101,7 @@ def read_url(text: str) -> str:
     good = url.scheme in ("http", "https") and url.hostname and url.port != 0  # may raise
     if not good or re.search(r"[\s?#@]", text):
         raise ValueError
+    str(url.hostname).encode("idna")  # may raise: no name that could be looked up
     return text.rstrip("/")
 
 
@@ -178,7 +180,7 @@ class Settings:
     def look_seconds(self) -> float:
         """How often a stream's timer looks: so often that no limit is missed by much."""
         limits = (self.idle_seconds, self.write_seconds, self.heartbeat_seconds)
-        return min(1.0, min(limits) / 8)
+        return max(0.01, min(1.0, min(limits) / 8))
 
 
 def is_loopback(host: str) -> bool:
@@ -195,14 +197,15 @@ def variable(name: str) -> str:
 
 class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise BadSetting(f"{message}; --help lists the flags")
+        flag_only = re.sub(r"(arguments: -*[\w-]*).*", r"\1", message)  # its value may be a secret
+        raise BadSetting(f"{flag_only}; --help lists the flags")
 
 
 def argument_parser() -> ArgumentParser:
     """--help, and a flag for every field that is no secret."""
     parser = ArgumentParser(
         "chatstream.py",
-        usage="python chatstream.py [--flag value …]",
+        usage="python chatstream.py [--flag value] ...",
         description="Serves a chat page, and streams OpenAI-compatible completions to it.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=100),
         allow_abbrev=False,
@@ -304,7 +307,8 @@ class Failure(Exception):
 # (of two names or more; /v1/… is none), and what is no message for people at all.
 PRIVATE = re.compile(
     r"\b(?:localhost|127\.\d+|10\.\d+|192\.168|172\.(?:1[6-9]|2\d|3[01])|169\.254)[.\d]*(?::\d+)?\b"
-    r"|(?<![\w:/.])/(?!v\d)[\w.-]+(?:/[\w.-]+)+|\b[A-Z]:\\[^\s'\"]+"
+    r"|\[?(?:\bf[cd][0-9a-f]{2}:|::1\b)[0-9a-f:]*\]?(?::\d+)?"
+    r"|(?<![\w/.])/(?!v\d)[\w.-]+(?:/[\w.-]+)+|\b[A-Z]:[\\/][^\s'\"]+|\bfile:[^\s'\"]+"
 )
 MARKUP = re.compile(r"<(?:!doctype|html|head|body)\b|Traceback \(most recent", re.IGNORECASE)
 
@@ -432,6 +436,9 @@ class Event(NamedTuple):
     data: bytes  # the `data:` lines, joined by b"\n"
 
 
+BOM = b"\xef\xbb\xbf"  # byte order mark, in UTF-8
+
+
 class EventTooLarge(Exception):
     """The event under way is longer than the parser's limit."""
 
@@ -466,7 +473,7 @@ class EventParser:
             self.partial.clear()
             if self.at_start:
                 self.at_start = False
-                lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")
+                lines[0] = lines[0].removeprefix(BOM)
         for line in lines:
             if line:
                 self.take(line)
@@ -476,6 +483,8 @@ class EventParser:
                 if event.data:
                     yield event
         self.partial += rest
+        if self.partial.startswith(b":"):  # a comment, of any length
+            del self.partial[1:]
         if len(self.partial) > self.limit + len("data: "):
             raise EventTooLarge
 
@@ -483,8 +492,8 @@ class EventParser:
         name, _, value = line.partition(b":")
         value = value.removeprefix(b" ")
         if name in (b"data", b"error"):
-            self.size += len(value)
-            if self.size > self.limit:
+            self.size += len(value) + 1  # with its line end: an empty line takes memory too
+            if self.size > self.limit + 1:
                 raise EventTooLarge
             self.data.append(value)
         if name in (b"event", b"error"):
@@ -542,7 +551,7 @@ class Relay:
             self.heard += 1
             self.events += 1
             return piece
-        if self.is_json is None and (start := piece.lstrip()):
+        if self.is_json is None and (start := piece.lstrip(BOM + b" \t\r\n")):
             self.is_json = start.startswith(b"{")
         if not self.is_json:
             return self.forward(self.parser.feed(piece))
@@ -628,13 +637,14 @@ class Relay:
                 if "message" in choice and "delta" not in choice:
                     data = as_chunk(chunk)
         self.events += 1
-        line = data.replace(b"\n", b" ")  # a line end between two tokens of JSON
+        line = data.replace(b"\n", b" ").replace(b"\r", b" ")  # between two tokens of JSON
         self.remember(line)
         return b"data: %b\n\n" % line
 
     def whole(self) -> bytes:
         """A completion in one piece goes out as one chunk and [DONE]."""
-        payload = bytes(self.body).strip().removesuffix(b"data: [DONE]")  # decolua/9router#3492
+        payload = bytes(self.body).strip(BOM + b" \t\r\n")
+        payload = payload.removesuffix(b"data: [DONE]")  # some glue it on: decolua/9router#3492
         out = self.forward([Event(b"", payload)])
         if not self.failure and not self.events:
             self.failure = Failure("upstream_invalid", cause="JSON that is no completion")
@@ -746,8 +756,10 @@ class Stream:
     first_event: float | None = None  # seconds after that
     # for the timer: what it saw last, and when that had changed
     receiving: bool = True  # the request's body is not here yet
-    moved: tuple[int, int] = (0, 0)
-    moved_at: float = 0.0
+    heard: int = 0
+    heard_at: float = 0.0
+    taken: int = 0
+    taken_at: float = 0.0
     sent: int = 0
     sent_at: float = 0.0
     timer: asyncio.TimerHandle | None = None
@@ -760,15 +772,28 @@ class Stream:
         wanted = self.request.headers.get("X-Request-Id", "")
         sane = wanted and re.fullmatch(r"[A-Za-z0-9._-]{1,128}", wanted)
         self.id = wanted if sane else os.urandom(12).hex()
-        self.started = self.moved_at = self.sent_at = self.loop.time()
+        self.started = self.heard_at = self.taken_at = self.sent_at = self.loop.time()
 
-    async def open(self) -> AbstractStreamWriter:
+    async def open(self) -> StreamWriter:
         """The point of no return: the status is 200 from here on."""
         if self.response is None:
             self.response = EventStream(headers=STREAM_HEADERS | {"X-Request-Id": self.id})
             self.status = 200
         await self.response.prepare(self.request)
-        return self.request.writer
+        return cast(StreamWriter, self.request.writer)
+
+    async def end(self, data: bytes) -> None:
+        """The last bytes. Stays until the client has taken them all, so that the time limits
+        and the drain know of it until then."""
+        await (await self.open()).write_eof(data)
+        while self.unread():  # noqa: ASYNC110 - asyncio tells of less than 16 KB, not of none
+            await asyncio.sleep(self.settings.look_seconds / 4)
+
+    def unread(self) -> int:
+        """Bytes that wait for the client. Not those in the kernel, nor those in asyncio's TLS
+        (64 KB): over TLS the write limit sees a stalled client that much later."""
+        transport = self.request.transport
+        return transport.get_write_buffer_size() if transport else 0
 
     def watch(self) -> None:
         self.timer = self.loop.call_later(self.settings.look_seconds, self.tick)
@@ -776,27 +801,34 @@ class Stream:
     def tick(self) -> None:
         """The one timer of a stream. To set a deadline at each read and each write would cost
         more than they do; so they only count, and this looks now and then what has moved."""
-        now, settings, relay = self.loop.time(), self.settings, self.relay
-        transport = self.request.transport
-        unread = transport.get_write_buffer_size() if transport else 0
-        if self.moved != (relay.heard, unread):
-            self.moved, self.moved_at = (relay.heard, unread), now
-        if self.sent != relay.events:
-            self.sent, self.sent_at = relay.events, now
+        now, settings, unread = self.loop.time(), self.settings, self.unread()
         waits_for_client = self.receiving or unread > 0
-        limit = settings.write_seconds if waits_for_client else settings.idle_seconds
-        left = self.moved_at + limit - now
+        taken = self.request.writer.output_size - unread
+        if taken > self.taken or not waits_for_client:
+            self.taken, self.taken_at = taken, now
+        if self.heard != self.relay.heard or waits_for_client:
+            self.heard, self.heard_at = self.relay.heard, now
+        if self.sent != self.relay.events:
+            self.sent, self.sent_at = self.relay.events, now
+        if waits_for_client:
+            left = self.taken_at + settings.write_seconds - now
+        else:
+            left = self.heard_at + settings.idle_seconds - now
         until_beat = self.sent_at + settings.heartbeat_seconds - now
-        if left <= 0 and unread:
-            self.drop_client()
-        elif left <= 0:
-            self.stop(Failure("request_timeout" if self.receiving else "upstream_timeout"))
+        if left <= 0:
+            self.time_out(unread)
         elif until_beat <= 0 and not waits_for_client:
             self.sent_at = now
             self.beating = self.loop.create_task(self.beat())
         self.end_broken_body()
         delays = (left, until_beat, settings.look_seconds)
         self.timer = self.loop.call_later(min(d for d in delays if d > 0), self.tick)
+
+    def time_out(self, unread: int) -> None:
+        if unread:
+            self.drop_client()
+        else:
+            self.stop(Failure("request_timeout" if self.receiving else "upstream_timeout"))
 
     async def beat(self) -> None:
         """A comment, so that proxies and people know that the silence is no breakdown."""
@@ -805,7 +837,7 @@ class Stream:
 
     def end_broken_body(self) -> None:
         """Broken chunked encoding makes aiohttp drop the upstream's connection without a word
-        to the reader, who would wait until the idle limit."""
+        to the reader, who would wait until the idle limit. So the timer looks for it."""
         answer = self.answer
         if answer and answer.connection and answer.connection.closed:
             answer.content.feed_eof()
@@ -839,46 +871,65 @@ class Stream:
 BROKEN = (aiohttp.ClientError, aiohttp.http_exceptions.HttpProcessingError, OSError)
 
 
+class DiedBeforeAnswering(aiohttp.ClientError):
+    """The connection was there, and ended before any byte of an answer."""
+
+
 class UpstreamAnswer(aiohttp.ClientResponse):
-    """An answer that can be let go even before its head has come."""
+    """An answer that can be let go even before its head has come, and that tells whether any
+    byte of it came. Both need aiohttp's connection while it waits for the head."""
 
     async def start(self, connection: aiohttp.connector.Connection) -> aiohttp.ClientResponse:
+        protocol: Any = connection.protocol
+        receive, heard = protocol.data_received, []
+
+        def data_received(data: bytes) -> None:
+            heard.append(len(data))
+            receive(data)
+
+        protocol.data_received = data_received
         try:
             return await super().start(connection)
-        except BaseException:
+        except BaseException as error:
             if connection.transport:
                 connection.transport.abort()
+            if isinstance(error, BROKEN) and not heard:
+                raise DiedBeforeAnswering from error
             raise
+        finally:
+            del protocol.data_received
 
 
 def describe(error: BaseException) -> str:
     """An error for the log, without the addresses that its own text has."""
+    if isinstance(error, DiedBeforeAnswering) and error.__cause__:
+        error = error.__cause__
     cause = getattr(error, "os_error", None) or getattr(error, "certificate_error", None) or error
-    number = getattr(cause, "errno", None)
-    reason = getattr(cause, "verify_message", "") or (os.strerror(number) if number else "")
+    reason = ""
     if isinstance(cause, ssl.SSLCertVerificationError):
-        reason += " (SSL_CERT_FILE can name a file of authorities; macOS needs it)"
+        reason = f"{cause.verify_message}; SSL_CERT_FILE can name authorities (macOS needs it)"
+    elif isinstance(cause, ssl.SSLError | socket.gaierror):
+        reason = str(cause.strerror if isinstance(cause, socket.gaierror) else cause.reason)
+    elif isinstance(cause, OSError) and cause.errno:
+        reason = os.strerror(cause.errno)
     return f"{type(cause).__name__} {reason}".strip()
 
 
-def died_before_answering(error: BaseException) -> bool:
-    """A connection that was there, and ended before any byte of an answer. (aiohttp keeps
-    the part of a head that did come in `message`, which is else a text.)"""
-    if isinstance(error, aiohttp.ServerDisconnectedError):
-        return isinstance(error.message, str)
-    reset = isinstance(error, aiohttp.ClientOSError | ConnectionError)
-    return reset and not isinstance(error, aiohttp.ClientConnectorError)
-
-
 async def read_whole(answer: aiohttp.ClientResponse, limit: int) -> bytes:
-    """A body that is no stream; its part if it breaks off. Raises Failure above the limit."""
+    """A body that is no stream, up to the limit; its part if it breaks off."""
     body = bytearray()
     with suppress(*BROKEN):
         async for piece in answer.content.iter_any():
             body += piece
             if len(body) > limit:
-                raise Failure("event_too_large")
+                break
     return bytes(body)
+
+
+def read_rest(answer: aiohttp.ClientResponse) -> bytes:
+    """What had come before the connection broke: aiohttp gives the error out first."""
+    answer.content.set_exception(cast(Exception, None))
+    return answer.content.read_nowait()
 
 
 def environment_proxy(url: str) -> str | None:
@@ -887,8 +938,13 @@ def environment_proxy(url: str) -> str | None:
     parts = urlsplit(url)
     if urllib.request.proxy_bypass(parts.netloc):
         return None
-    proxy = urllib.request.getproxies().get(parts.scheme)
-    return proxy if not proxy or "://" in proxy else "http://" + proxy
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    if proxy and "://" not in proxy:
+        proxy = "http://" + proxy
+    if proxy and not proxy.startswith(("http://", "https://")):
+        raise BadSetting("the environment names a proxy that is none for HTTP; see no_proxy")
+    return proxy
 
 
 class Upstream:
@@ -934,12 +990,12 @@ class Upstream:
         try:
             try:
                 answer = stream.answer = await self.send(stream, method, path, body)
-            except BROKEN as error:
-                if not died_before_answering(error):
-                    raise
+            except DiedBeforeAnswering:
                 answer = stream.answer = await self.send(stream, method, path, body)
         except aiohttp.ServerTimeoutError:
             raise Failure("upstream_timeout", cause="connecting took too long") from None
+        except aiohttp.ClientHttpProxyError as error:
+            raise Failure("upstream_unreachable", cause=describe(error)) from None
         except aiohttp.ClientResponseError as error:  # what came is no HTTP
             raise Failure("upstream_invalid", cause=describe(error)) from None
         except BROKEN as error:
@@ -958,7 +1014,7 @@ class Upstream:
         kept = {
             name: value
             for name, value in answer.headers.items()
-            if name.lower().startswith(("retry-after", "x-ratelimit-")) and value.isascii()
+            if re.match("retry-after$|x-ratelimit-", name.lower()) and value.isascii()
         }
         try:
             error = parse_json(await read_whole(answer, self.settings.max_event_bytes))
@@ -1103,14 +1159,16 @@ class Chatstream:
         except OSError:
             raise BadSetting("index.html is missing: it must lie beside chatstream.py") from None
         self.settings, self.proxy, self.log = settings, proxy, log
-        place = urlsplit(settings.base_url or OPENAI_URL).netloc
-        self.secrets = secret_pattern(settings.api_key, settings.token, place)
+        url = urlsplit(settings.base_url or OPENAI_URL)
+        words = (settings.api_key, settings.token, url.netloc, url.hostname or "")
+        self.secrets = secret_pattern(*words)
         self.hosts = {host_name(name) for name in settings.allowed_hosts}
         if is_loopback(settings.host):
             self.hosts |= {"localhost", "127.0.0.1", "[::1]", settings.host}
         self.page_body = html.encode()
         self.page_headers = page_headers(html, bool(settings.tls_cert))
         self.metrics = Metrics()
+        self.arriving: set[Stream] = set()  # their bodies are not here yet
         self.live: set[Stream] = set()
         self.draining = False
         self.routes: dict[str, tuple[str, Handler]] = {
@@ -1127,6 +1185,7 @@ class Chatstream:
 
     async def chat(self, stream: Stream) -> web.StreamResponse | None:
         """Check the request; ask the upstream; relay what it says; let it go, come what may."""
+        self.arriving.add(stream)
         stream.watch()
         try:
             async with asyncio.timeout(None) as stream.limit:  # Stream.stop() ends it
@@ -1134,12 +1193,13 @@ class Chatstream:
                 self.admit(stream)
                 answer = await self.upstream.ask(stream, body)
                 del body  # a long conversation need not stay in memory while its answer streams
-                await self.pass_on(stream, answer)
+                last = await self.pass_on(stream, answer)
         except TimeoutError:
             raise stream.verdict or Failure("upstream_timeout") from None
         finally:
             stream.limit = None
             stream.let_upstream_go()
+        await stream.end(last)
         stream.outcome = "completed"
         return stream.response
 
@@ -1148,7 +1208,8 @@ class Chatstream:
         limit = self.settings.max_body_bytes
         if (request.content_length or 0) > limit:
             raise Failure("body_too_large")
-        if request.headers.get("Expect", "").lower() == "100-continue" and request.transport:
+        waits = request.headers.get("Expect", "").lower() == "100-continue"
+        if waits and request.transport and request.version >= (1, 1):
             request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")  # aiohttp's server does not
         body = bytearray()
         try:
@@ -1165,30 +1226,34 @@ class Chatstream:
             raise Failure("server_draining", headers=RETRY_SOON)
         if len(self.live) >= self.settings.max_streams:
             raise Failure("too_many_streams", headers=RETRY_SOON)
+        self.arriving.discard(stream)
         self.live.add(stream)
         stream.receiving = False
-        stream.moved_at = stream.sent_at = stream.loop.time()
+        stream.heard_at = stream.sent_at = stream.loop.time()
 
-    async def pass_on(self, stream: Stream, answer: aiohttp.ClientResponse) -> None:
-        """Relays the upstream's events, each the moment its last byte is in. While the client
-        reads too slowly the write waits, and so the upstream does: that is the back-pressure."""
-        relay, read = stream.relay, answer.content.readany
-        writer: AbstractStreamWriter | None = None
+    async def pass_on(self, stream: Stream, answer: aiohttp.ClientResponse) -> bytes:
+        """Relays the upstream's events, each the moment its last byte is in; returns the last.
+        While the client reads too slowly we wait, and so the upstream does: back-pressure."""
+        relay, read, client = stream.relay, answer.content.readany, stream.request.protocol
+        writer: StreamWriter | None = None
         while not relay.failure:
             try:
                 piece = await read()
-            except BROKEN:
-                out = relay.close(cut=True)
-            else:
                 out = relay.feed(piece) if piece else relay.close(cut=False)
+            except BROKEN:
+                out = relay.feed(read_rest(answer))
+                if not (relay.done or relay.failure):
+                    out += relay.close(cut=True)
             if not out:
                 continue
             if writer is None:
                 stream.first_event = stream.loop.time() - stream.started
                 writer = await stream.open()
             if relay.done:
-                return await writer.write_eof(out)
-            await writer.write(out)
+                return out
+            await writer.write(out, drain=False)
+            if client.writing_paused:
+                await asyncio.shield(writer.drain())  # cancelled, it could never wait again
         raise relay.failure
 
     # -- the other routes
@@ -1239,6 +1304,7 @@ class Chatstream:
             response = await self.fail(stream, Failure("internal_error", cause=describe(error)))
         finally:
             stream.stop_timers()
+            self.arriving.discard(stream)
             self.live.discard(stream)
             if request.method == "POST" and request.path in STREAM_ROUTES:
                 self.settle(stream)
@@ -1274,13 +1340,15 @@ class Chatstream:
         """Tells the client: by a status while that can be chosen, else by a last event, after
         which there is no [DONE]."""
         stream.outcome, stream.cause = failure.outcome, f"{failure.code} {failure.cause}".strip()
+        if failure.cause and stream.request.path not in STREAM_ROUTES:
+            self.log(f"id={stream.id} status={failure.status} cause={stream.cause!r}")
         body = failure.body(stream.id)
         if stream.response is None:
             stream.status = failure.status
             headers = {"Content-Type": "application/json"} | failure.headers
             return web.Response(status=failure.status, body=body, headers=headers)
         with suppress(ConnectionError):
-            await (await stream.open()).write_eof(b"data: %b\n\n" % body)
+            await stream.end(b"data: %b\n\n" % body)
         return stream.response
 
     def settle(self, stream: Stream) -> None:
@@ -1328,25 +1396,28 @@ class Chatstream:
             await self.stop()
             raise BadSetting(
                 f"CHATSTREAM_HOST={settings.host} CHATSTREAM_PORT={settings.port}: cannot listen "
-                f"there ({describe(error)}); CHATSTREAM_PORT=0 takes any free port"
+                f"there ({describe(error)}); the host must be this machine's, the port a free one"
             ) from None
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         return f"http{'s' if tls else ''}://{host}:{self.runner.addresses[0][1]}"
 
     async def drain(self) -> None:
         """Ends without cutting an answer, if the drain time allows it."""
-        self.draining = True  # 1. no new streams, and no new connections
+        self.draining = True  # 1. no new connections, no new streams
         await self.site.stop()
+        for stream in self.arriving:
+            stream.stop(Failure("server_draining", headers=RETRY_SOON))
         await self.wait_for_streams(self.settings.drain_seconds)  # 2. running ones go on
         for stream in self.live:  # 3. those left are told
             stream.stop(Failure("server_draining", outcome="drained", headers=RETRY_SOON))
         await self.wait_for_streams(1.0)
         for stream in self.live:  # 4. those that do not even read that are dropped
             stream.drop_client()
+        await self.wait_for_streams(0.1)
         await self.stop()
 
     async def wait_for_streams(self, seconds: float) -> None:
-        if tasks := [stream.task for stream in self.live if stream.task]:
+        if tasks := [each.task for each in self.arriving | self.live if each.task]:
             await asyncio.wait(tasks, timeout=seconds)
 
     async def stop(self) -> None:
@@ -1392,8 +1463,8 @@ def demo_event(choices: list[Chat], **more: Any) -> bytes:
     return b"data: %b\n\n" % encode_json(chunk).encode()
 
 
-def demo_error(message: str, code: str) -> Chat:
-    return {"error": {"message": message, "type": "server_error", "param": None, "code": code}}
+def demo_error(message: str, code: str, kind: str = "server_error") -> Chat:
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 
 async def demo_words(model: str, question: str, silence: float) -> AsyncIterator[bytes]:
@@ -1417,11 +1488,15 @@ async def demo_words(model: str, question: str, silence: float) -> AsyncIterator
 
 
 async def demo_upstream(request: web.BaseRequest, silence: float) -> web.StreamResponse:
-    chat = parse_object(b"".join([piece async for piece in request.content.iter_any()]))
+    try:
+        chat = parse_object(b"".join([piece async for piece in request.content.iter_any()]))
+        question = chat["messages"][-1].get("content")
+    except (ValueError, LookupError):  # from somebody else than chatstream
+        return web.json_response(demo_error("This is no chat.", "invalid_request"), status=400)
     if chat["model"] == "demo-rate-limit":
-        error = demo_error("The demo takes no request just now.", "rate_limit_exceeded")
+        told = ("The demo takes no request just now.", "rate_limit_exceeded", "rate_limit_error")
+        error = demo_error(*told)
         return web.json_response(error, status=429, headers={"Retry-After": "5"})
-    question = chat["messages"][-1].get("content")
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
     await response.prepare(request)
     asked = question if isinstance(question, str) else "(something that is no text)"

@@ -486,6 +486,11 @@ GOOD_STREAMS = {  # name: (what the upstream sends, what goes out)
         framed(b'{"choices":[{}],"error":null}') + TAIL,
         framed(b'{"choices":[{}],"error":null}') + TAIL,
     ),
+    "a long comment": (b":" + b"x" * 150_000 + b"\n" + GOOD, WHOLE),
+    "a chunk in one piece, over several lines": (
+        b'\xef\xbb\xbf\r\n{"choices":[\r\n{"delta":{}}]\r\n}',
+        framed(b'{"choices":[  {"delta":{}}]  }') + DONE,
+    ),
     "a whole completion": (COMPLETION, framed(AS_CHUNK) + DONE),
     "a whole completion with a glued [DONE]": (
         COMPLETION + b"data: [DONE]\n\n",
@@ -543,7 +548,8 @@ BAD_STREAMS = {  # name: (what the upstream sends, the error's code and message)
         "",
     ),
     "too large an event": (framed(b'{"choices":["%b"]}' % (b"x" * 200_000)), "event_too_large", ""),
-    "too long a line": (b":" + b"x" * 200_000, "event_too_large", ""),
+    "too long a line": (b"data:" + b"x" * 200_000, "event_too_large", ""),
+    "empty lines without end": (b"data:\n" * 200_000, "event_too_large", ""),
     "too many lines": (b"data: x\n" * 200_000, "event_too_large", ""),
     "nothing": (b"", "empty_stream", ""),
     "comments alone": (b": ping\n\n" * 3, "empty_stream", ""),
@@ -558,6 +564,7 @@ MANY_BYTES = 100_000  # longer ones are not fed byte by byte
 def splits(body: bytes) -> Iterator[list[int]]:
     """Whole; byte by byte; cut in two at each offset: inside UTF-8 and inside CRLF too."""
     yield []
+    yield [len(body) // 2]
     if len(body) < MANY_BYTES:
         yield list(range(1, len(body)))
         yield from ([offset] for offset in range(1, len(body)))
@@ -806,6 +813,12 @@ async def half_a_head(call: Call) -> None:
     call.transport.close()
 
 
+async def half_a_head_and_reset(call: Call) -> None:
+    await call.raw(b"H")
+    await asyncio.sleep(0.05)
+    await call.cut()
+
+
 class Status(Case):
     async def test_before_the_first_event(self) -> None:
         """What fails before the first event has a real status, and a message for people."""
@@ -985,7 +998,12 @@ class Asking(Case):
         async with upstream(dies_once) as up, serving(up) as url:
             self.assertEqual((await self.ask(url)).payloads[-1], b"[DONE]")
             self.assertEqual(len(up.calls), 2)
-        for reply, tries in ((dies, 2), (fails(500, b"{}"), 1), (half_a_head, 1)):
+        for reply, tries in (
+            (dies, 2),
+            (fails(500, b"{}"), 1),
+            (half_a_head, 1),
+            (half_a_head_and_reset, 1),
+        ):
             async with upstream(reply) as up, serving(up) as url:
                 await self.ask(url)
                 self.assertEqual(len(up.calls), tries)
@@ -1197,6 +1215,86 @@ class Time(Case):
                 async with serving(base_url=base, connect_seconds=0.3) as url:
                     answer = await self.ask(url)
         self.assertEqual((answer.status, answer.error["code"]), (504, "upstream_timeout"))
+
+    @asynccontextmanager
+    async def slow_client(self, reply: Reply, **settings: Any) -> AsyncIterator[Any]:
+        """A client that has asked and reads nothing, with small buffers in between; gives the
+        address, the client's reader, and the upstream."""
+        settings = dict[str, Any](port=0, drain_seconds=0.0) | settings
+        async with upstream(reply) as up:
+            server = Chatstream(Settings(base_url=up.url, **settings), log=lambda line: None)
+            url = await server.start()
+            listener: Any = server.site._server
+            listener.sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            sock = socket.socket()
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", urlsplit(url).port))
+            reader, writer = await asyncio.open_connection(sock=sock, limit=1024)
+            body = json.dumps(HELLO).encode()
+            head = "POST /stream HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            writer.write(head.encode() + b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+            try:
+                yield url, reader, up
+            finally:
+                writer.transport.abort()
+                await server.drain()
+
+    async def test_the_tail_belongs_to_the_stream(self) -> None:
+        """A stream runs until the client has taken its last byte: the limits and the drain
+        know of it, also when the upstream has long been let go."""
+        reply = sends(framed(b'{"choices":["%b"]}' % (b"x" * 50_000)) + TAIL)
+        async with self.slow_client(reply) as (url, reader, up):
+            await self.eventually(lambda: up.calls and not up.tasks)
+            await asyncio.sleep(0.2)
+            metrics = await self.metrics(url)
+            self.assertEqual(metrics["chatstream_active_streams"], 1)
+            self.assertEqual(metrics['chatstream_streams_total{outcome="completed"}'], 0)
+            await self.read_until(reader, b"[DONE]")
+        async with self.slow_client(reply, write_seconds=0.4) as (url, reader, up):
+            await self.until_outcome(url, "client_gone")
+
+    async def read_until(self, reader: asyncio.StreamReader, end: bytes) -> bytes:
+        data = b""
+        async with asyncio.timeout(PATIENCE):
+            while end not in data:
+                data += await reader.read(4096)
+        return data
+
+    async def until_outcome(self, url: str, outcome: str) -> None:
+        async with asyncio.timeout(PATIENCE):
+            name = f'chatstream_streams_total{{outcome="{outcome}"}}'
+            while not (await self.metrics(url))[name]:
+                await asyncio.sleep(0.02)
+
+    async def test_slow_tokens_for_a_stalled_client(self) -> None:
+        """New tokens do not count as reading: the write limit ends it all the same."""
+
+        async def trickles(call: Call) -> None:
+            await call.start()
+            while not call.gone.is_set():
+                await call.send(framed(b'{"choices":["%b"]}' % (b"x" * 4000)))
+                await asyncio.sleep(0.1)
+
+        async with self.slow_client(trickles, write_seconds=0.8) as (url, _, _):
+            started = time.monotonic()
+            await self.until_outcome(url, "client_gone")
+            self.assertLess(time.monotonic() - started, 2.5)
+
+    async def test_what_came_before_the_break(self) -> None:
+        """What an upstream sent before its connection broke goes out, to a slow client too."""
+
+        async def breaks(call: Call) -> None:
+            await call.start()
+            for _ in range(30):
+                await call.send(framed(b'{"choices":["%b"]}' % (b"x" * 4000)))
+            await call.send(TAIL)
+            call.chunked = False  # no end of the body
+            call.transport.close()
+
+        async with self.slow_client(breaks) as (_, reader, up):
+            await self.eventually(lambda: up.calls and up.calls[0].gone.is_set())
+            self.assertNotIn(b'"error"', await self.read_until(reader, b"0\r\n\r\n"))
 
     async def test_back_pressure(self) -> None:
         """200 MB for a client that reads nothing: the process does not grow, the upstream
@@ -1637,11 +1735,12 @@ REFUSED = {  # name: (environment, arguments, what the one line names)
     "no models": ({"OPENAI_MODEL": " , "}, [], ["OPENAI_MODEL", "comma-separated"]),
     "an ftp URL": ({"OPENAI_BASE_URL": "ftp://x/"}, [], ["OPENAI_BASE_URL", "http"]),
     "no URL": ({"OPENAI_BASE_URL": "localhost"}, [], ["OPENAI_BASE_URL", "http"]),
+    "no host name": ({"OPENAI_BASE_URL": "http://-..-/v1"}, [], ["OPENAI_BASE_URL"]),
     "a bad port in the URL": ({"OPENAI_BASE_URL": "http://x:99999/"}, [], ["OPENAI_BASE_URL"]),
     "a key with a line end": ({"OPENAI_API_KEY": "sk\n1"}, [], ["OPENAI_API_KEY", "not shown"]),
     "a bad flag": ({}, ["--port", "y"], ["CHATSTREAM_PORT", "'y'"]),
     "an unknown flag": ({}, ["--colour", "y"], ["--colour", "--help"]),
-    "a secret flag": ({}, ["--token", "y"], ["--token"]),
+    "a secret flag": ({}, ["--token", "s3cret"], ["--token;"]),
     "an open proxy": ({"CHATSTREAM_HOST": "0.0.0.0"}, [], ["CHATSTREAM_TOKEN", "127.0.0.1"]),
     "half of TLS": ({"CHATSTREAM_TLS_CERT": "x"}, [], ["CHATSTREAM_TLS_KEY"]),
     "no such certificate": (
@@ -1740,7 +1839,8 @@ class Drain(Case):
         for number in (signal.SIGTERM, signal.SIGINT):
             async with program(OPENAI_BASE_URL="http://127.0.0.1:1/v1") as run:
                 await self.metrics(run.url)
-                _, writer = await asyncio.open_connection("127.0.0.1", urlsplit(run.url).port)
+                address = ("127.0.0.1", urlsplit(run.url).port)
+                reader, writer = await asyncio.open_connection(*address)
                 writer.write(b"POST /stream HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n")
                 writer.write(b"Content-Type: application/json\r\n\r\n{")
                 await asyncio.sleep(0.1)
@@ -1748,6 +1848,8 @@ class Drain(Case):
                 self.assertEqual(await run.end(number), 0)
                 self.assertLess(time.monotonic() - started, 1)
                 self.assertNotIn("Traceback", run.err)
+                self.assertIn(b" 503 ", await reader.readline())
+                self.assertIn("outcome=rejected status=503", run.err)
                 writer.close()
 
     async def test_running_streams_go_on(self) -> None:
@@ -1795,25 +1897,36 @@ class Drain(Case):
     async def test_deadline(self) -> None:
         """Those left at the deadline are told: in-band, or by 503 if nothing was sent yet; a
         stalled reader holds nobody up."""
-        flood = sends(*([framed(HELLO_CHUNK) * 5000] * 40))
+
+        async def flood(call: Call) -> None:
+            await call.start()
+            while not call.gone.is_set():
+                await call.send(framed(HELLO_CHUNK) * 500)
 
         async def mixed(call: Call) -> None:
             await {"a": silent, "b": stalls, "c": flood}[call.body["model"]](call)
 
-        env = {"OPENAI_MODEL": "a,b,c", "CHATSTREAM_DRAIN_SECONDS": "0.3"}
+        env = {"OPENAI_MODEL": "a,b,c", "CHATSTREAM_DRAIN_SECONDS": "0.5"}
         async with upstream(mixed) as up, program(OPENAI_BASE_URL=up.url, **env) as run:
             body = json.dumps(HELLO | {"model": "c"})
-            async with self.client.post(run.url + "/stream", data=body, headers=JSON):
+            stalled = self.client.post(run.url + "/stream", data=body, headers=JSON)
+            slow = self.client.post(run.url + "/stream", data=body, headers=JSON)
+            async with stalled, slow as slow_answer:
                 asks = [self.ask(run.url, HELLO | {"model": model}) for model in "ab"]
                 tasks = [asyncio.ensure_future(each) for each in asks]
-                await self.eventually(lambda: len(up.calls) == 3)
+                await self.eventually(lambda: len(up.calls) == 4)
                 started = time.monotonic()
-                self.assertEqual(await run.end(signal.SIGTERM), 0)
+                end = asyncio.ensure_future(run.end(signal.SIGTERM))
+                await asyncio.sleep(1)  # after the deadline it reads on
+                last = (await slow_answer.read())[-300:]
+                self.assertEqual(await end, 0)
                 self.assertLess(time.monotonic() - started, 2.5)
                 silent_one, begun = await asyncio.gather(*tasks)
+        self.assertIn(b'"code": "server_draining"', last)
         self.assertEqual((silent_one.status, silent_one.error["code"]), (503, "server_draining"))
         self.assertEqual((begun.status, begun.error["code"]), (200, "server_draining"))
-        self.assertEqual(run.err.count("outcome=drained"), 3)
+        self.assertEqual(run.err.count("outcome=drained"), 4)
+        self.assertNotIn("ResourceWarning", run.err)
         self.assertNotIn("Traceback", run.err)
 
     async def test_second_signal(self) -> None:
