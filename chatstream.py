@@ -63,8 +63,8 @@ except ImportError:
 # Older ones hand a half-read connection to the next request (aio-libs/aiohttp#12795, #12953).
 if tuple(map(int, re.findall(r"\d+", aiohttp.__version__)[:3])) < (3, 14, 2):
     sys.exit(f"{NEEDS_AIOHTTP}; this is {aiohttp.__version__}")
-from aiohttp import web
-from aiohttp.http import StreamWriter
+from aiohttp import web  # noqa: E402 - once its version is known to do
+from aiohttp.http import StreamWriter  # noqa: E402
 
 Chat = dict[str, Any]  # a chat-completions request or chunk, as parsed JSON
 
@@ -1222,8 +1222,6 @@ class Chatstream:
         return bytes(body)
 
     def admit(self, stream: Stream) -> None:
-        if self.draining:
-            raise Failure("server_draining", headers=RETRY_SOON)
         if len(self.live) >= self.settings.max_streams:
             raise Failure("too_many_streams", headers=RETRY_SOON)
         self.arriving.discard(stream)

@@ -486,7 +486,7 @@ GOOD_STREAMS = {  # name: (what the upstream sends, what goes out)
         framed(b'{"choices":[{}],"error":null}') + TAIL,
         framed(b'{"choices":[{}],"error":null}') + TAIL,
     ),
-    "a long comment": (b":" + b"x" * 150_000 + b"\n" + GOOD, WHOLE),
+    "a long comment": (b":" + b"x" * 250_000 + b"\n" + GOOD, WHOLE),
     "a chunk in one piece, over several lines": (
         b'\xef\xbb\xbf\r\n{"choices":[\r\n{"delta":{}}]\r\n}',
         framed(b'{"choices":[  {"delta":{}}]  }') + DONE,
@@ -1286,9 +1286,10 @@ class Time(Case):
 
         async def breaks(call: Call) -> None:
             await call.start()
-            for _ in range(30):
-                await call.send(framed(b'{"choices":["%b"]}' % (b"x" * 4000)))
-            await call.send(TAIL)
+            some = framed(b'{"choices":["%b"]}' % (b"x" * 4000))
+            await call.send(some * 20)
+            await asyncio.sleep(0.2)  # by now chatstream waits for its client
+            await call.send(some * 10 + TAIL)
             call.chunked = False  # no end of the body
             call.transport.close()
 
@@ -1870,10 +1871,15 @@ class Drain(Case):
                 self.assertEqual(response.status, 200)
             async with self.post(run.url) as response:
                 await response.content.readuntil(b"\n\n")
-                await asyncio.gather(*(self.metrics(run.url) for _ in range(3)))
+                await asyncio.gather(*(self.metrics(run.url) for _ in range(8)))
                 run.process.send_signal(signal.SIGTERM)
                 await self.until_closed(run.url)
-                for path, status in (("/readyz", 503), ("/healthz", 200)):
+                for path, status in (
+                    ("/readyz", 503),
+                    ("/healthz", 200),
+                    ("/", 503),
+                    ("/v1/models", 503),
+                ):
                     async with self.client.get(run.url + path) as probe:
                         self.assertEqual(probe.status, status)
                         self.assertEqual(probe.headers["Connection"], "close")
@@ -1951,6 +1957,796 @@ class Drain(Case):
         async with running(["-c", code], {}) as run:
             self.assertEqual(await run.end(signal.SIGINT), 0)
             self.assertNotIn("Traceback", run.err)
+
+
+# ---- A browser ---------------------------------------------------------------------------
+# One Chromium for all, a fresh context (its own storage) per page. Things are found as a
+# screen reader finds them: by role and accessible name.
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+MUST_RUN = os.environ.get("CHATSTREAM_BROWSER") == "required"
+NO_BROWSER = os.environ.get("CHATSTREAM_BROWSER") == "none"
+CHROMIUM = None if NO_BROWSER else next(filter(None, map(shutil.which, NAMES)), None)
+AXE = os.environ.get("CHATSTREAM_AXE")  # axe.min.js of the npm package axe-core
+# fmt: off
+FLAGS = [
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-sync", "--mute-audio", "--disable-background-networking",
+    "--disable-component-update", "--remote-debugging-port=0", "about:blank",
+]
+# fmt: on
+
+
+class Page:
+    def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        self.socket, self.session = socket, ""
+        self.answers: dict[int, asyncio.Future[Any]] = {}
+        self.events: list[Any] = []
+        self.numbers = itertools.count(1)
+        self.reader = asyncio.create_task(self.read())
+
+    async def read(self) -> None:
+        async for message in self.socket:
+            said = json.loads(message.data)
+            if "id" in said:
+                self.answers.pop(said["id"]).set_result(said)
+            else:
+                self.events.append(said)
+
+    async def call(self, method: str, **params: Any) -> Any:
+        number = next(self.numbers)
+        answer = self.answers[number] = asyncio.get_running_loop().create_future()
+        head = {"sessionId": self.session} if self.session else {}
+        await self.socket.send_json({"id": number, "method": method, "params": params, **head})
+        said = await asyncio.wait_for(answer, PATIENCE)
+        if "error" in said:
+            raise AssertionError(f"{method}: {said['error']['message']}")
+        return said["result"]
+
+    async def run(self, code: str, *values: Any) -> Any:
+        """The value of a JavaScript expression in the page; of a function, called with these."""
+        if values:
+            code = f"({code})({', '.join(map(json.dumps, values))})"
+        said = await self.call(
+            "Runtime.evaluate", expression=code, awaitPromise=True, returnByValue=True
+        )
+        if "exceptionDetails" in said:
+            raise AssertionError(said["exceptionDetails"]["exception"].get("description", code))
+        return said["result"].get("value")
+
+    async def until(self, code: str) -> Any:
+        """Wait until a JavaScript expression is true, and return its value."""
+        end = time.monotonic() + PATIENCE
+        while not (value := await self.run(code)):
+            assert time.monotonic() < end, f"never true: {code}\n{await self.text()}"
+            await asyncio.sleep(0.01)
+        return value
+
+    async def until_says(self, *words: str) -> None:
+        for word in words:
+            await self.until(f"document.body.innerText.includes({json.dumps(word)})")
+
+    async def text(self) -> str:
+        return str(await self.run("$('log').innerText"))
+
+    async def all(self, role: str, name: str) -> list[int]:
+        root = (await self.call("DOM.getDocument", depth=0))["root"]["nodeId"]
+        query = {"nodeId": root, "role": role, "accessibleName": name}
+        found = (await self.call("Accessibility.queryAXTree", **query))["nodes"]
+        return [node["backendDOMNodeId"] for node in found if not node["ignored"]]
+
+    async def find(self, role: str, name: str) -> int:
+        """The last element with this role and accessible name, as soon as there is one."""
+        end = time.monotonic() + PATIENCE
+        while not (found := await self.all(role, name)):
+            assert time.monotonic() < end, f"no {role} {name!r}\n{await self.text()}"
+            await asyncio.sleep(0.01)
+        return found[-1]
+
+    async def focus(self, role: str, name: str, index: int = -1) -> None:
+        await self.find(role, name)
+        await self.call("DOM.focus", backendNodeId=(await self.all(role, name))[index])
+
+    async def click(self, name: str, count: int = 1) -> None:
+        node = {"backendNodeId": await self.find("button", name)}
+        await self.call("DOM.scrollIntoViewIfNeeded", **node)
+        x1, y1, x2, _, _, y2, *_ = (await self.call("DOM.getBoxModel", **node))["model"]["content"]
+        at = {"x": (x1 + x2) / 2, "y": (y1 + y2) / 2, "button": "left"}
+        for number in range(1, count + 1):
+            for kind in ("mousePressed", "mouseReleased"):
+                await self.call("Input.dispatchMouseEvent", type=kind, clickCount=number, **at)
+
+    async def type(self, text: str) -> None:
+        await self.call("Input.insertText", text=text)
+
+    async def press(self, key: str, code: int = 0, modifiers: int = 0) -> None:
+        code = code or {"Enter": 13, "Escape": 27, "Tab": 9}.get(key, 0)
+        event: dict[str, Any] = {"key": key, "code": key, "modifiers": modifiers}
+        event |= {"windowsVirtualKeyCode": code} | ({"text": "\r"} if key == "Enter" else {})
+        for kind in ("keyDown", "keyUp"):
+            await self.call("Input.dispatchKeyEvent", type=kind, **event)
+
+    async def send(self, text: str) -> None:
+        await self.focus("textbox", "Message")
+        await self.type(text)
+        await self.press("Enter")
+
+    async def ask(self, text: str = "Hello") -> None:
+        """Send a message and wait until its answer has ended, however it did."""
+        await self.send(text)
+        await self.until("$('log').ariaBusy === 'false'")
+
+    async def reload(self) -> None:
+        await self.run("window.before = true")
+        await self.call("Page.reload")
+        await self.until("window.before === undefined && document.readyState === 'complete'")
+
+    def complaints(self) -> list[Any]:
+        """What the page wrote to the console, threw, or had refused by its policy."""
+        kinds = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
+        return [said["params"] for said in self.events if said["method"] in kinds]
+
+
+@unittest.skipUnless(CHROMIUM or MUST_RUN, "no Chromium found: install it to test the page")
+class PageCase(unittest.IsolatedAsyncioTestCase):
+    folder: tempfile.TemporaryDirectory[str]
+    chromium: subprocess.Popen[str]
+    devtools: str
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        assert CHROMIUM, "CHATSTREAM_BROWSER=required, but no Chromium was found"
+        cls.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        command = [CHROMIUM, f"--user-data-dir={cls.folder.name}", *FLAGS]
+        cls.chromium = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        assert cls.chromium.stderr
+        lines = (line for line in cls.chromium.stderr if "DevTools listening" in line)
+        cls.devtools = next(lines).split()[-1]
+
+    @classmethod
+    def tearDownClass(cls) -> None:
+        cls.chromium.terminate()
+        cls.chromium.communicate()
+        cls.folder.cleanup()
+
+    async def asyncSetUp(self) -> None:
+        self.exits = AsyncExitStack()
+        self.addAsyncCleanup(self.exits.aclose)
+        self.up = await self.exits.enter_async_context(upstream(says("Hello.")))
+
+    def sent(self, call: int = -1) -> list[str]:
+        """The texts of the messages of a request, without the system's."""
+        return [message["content"] for message in self.up.calls[call].body["messages"][1:]]
+
+    async def open(
+        self, fragment: str = "", width: int = 1000, height: int = 700, **settings: Any
+    ) -> Page:
+        """A new tab, with storage of its own, that shows a server in front of self.up."""
+        self.url = await self.exits.enter_async_context(serving(self.up, **settings))
+        http = await self.exits.enter_async_context(aiohttp.ClientSession())
+        socket = http.ws_connect(self.devtools, max_msg_size=0)
+        page = Page(await self.exits.enter_async_context(socket))
+        context = await page.call("Target.createBrowserContext")
+        target = await page.call("Target.createTarget", url="about:blank", **context)
+        page.session = (await page.call("Target.attachToTarget", **target, flatten=True))[
+            "sessionId"
+        ]
+        for domain in ("Page", "Runtime", "Log", "Network", "Accessibility"):
+            await page.call(f"{domain}.enable")
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        await page.call("Emulation.setDeviceMetricsOverride", **size)
+        await page.call("Emulation.setFocusEmulationEnabled", enabled=True)
+        await page.call("Page.navigate", url=self.url + "/" + fragment)
+        await page.until("document.readyState === 'complete' && location.protocol === 'http:'")
+        return page
+
+
+# ---- Markdown ----------------------------------------------------------------------------
+# As the models write it. Left: what came; right: the HTML it becomes, without attributes.
+
+# fmt: off
+MARKDOWN = {
+    "# A\n\n## B ##\n### C#\n####### D": "<h1>A</h1><h2>B</h2><h3>C#</h3><p>####### D</p>",
+    "##### E": "<h5>E</h5>",
+    "a **b** *c* ***d*** ~~e~~ `f`": "<p>a <strong>b</strong> <em>c</em> "
+        "<em><strong>d</strong></em> <del>e</del> <code>f</code></p>",
+    "snake_case_name, 2*3*4, 2**3**4, a*b, ~5": "<p>snake_case_name, 2*3*4, 2**3**4, a*b, ~5</p>",
+    "**open and *open": "<p>**open and *open</p>",
+    r"\*no\* \# c:\dir": r"<p>*no* # c:\dir</p>",
+    "one\ntwo  \nthree\\\nfour": "<p>one<br>two<br>three<br>four</p>",
+    "- a\n- b\n  - c\n    - d\n- e":
+        "<ul><li>a</li><li>b<ul><li>c<ul><li>d</li></ul></li></ul></li><li>e</li></ul>",
+    "1. a\n   - b\n2. c": "<ol><li>a<ul><li>b</li></ul></li><li>c</li></ol>",
+    "1. a\n  - b\n\n2. c": "<ol><li>a<ul><li>b</li></ul></li><li>c</li></ol>",
+    "7. a\n8. b": '<ol start="7"><li>a</li><li>b</li></ol>',
+    "- a\n\n  b\n- c\nd": "<ul><li><p>a</p><p>b</p></li><li>c<br>d</li></ul>",
+    "In the year\n2024. it was": "<p>In the year<br>2024. it was</p>",
+    "> a\n> - b\n>\n> c\n\nd":
+        "<blockquote><p>a</p><ul><li>b</li></ul><p>c</p></blockquote><p>d</p>",
+    "a\n\n---\n***\nb": "<p>a</p><hr><hr><p>b</p>",
+    "```py\nif a:\n\n    *b*\n```\nc": "CODE[py|if a:\n\n    *b*]<p>c</p>",
+    "````\n```\n````": "CODE[|```]",
+    "~~~\nopen": "CODE[|open]",
+    "- a\n  ```sh\n  ls\n   -l\n  ```\n- b": "<ul><li>aCODE[sh|ls\n -l]</li><li>b</li></ul>",
+    "|a|b|c|\n|-|:-:|--:|\n|`x\\|y`|**2**|": "<div><table><thead><tr><th>a</th><th>b</th>"
+        "<th>c</th></tr></thead><tbody><tr><td><code>x|y</code></td><td><strong>2</strong></td>"
+        "<td></td></tr></tbody></table></div>",
+    "a | b\n--- | ---\n1 | 2\n\nend": "<div><table><thead><tr><th>a</th><th>b</th></tr></thead>"
+        "<tbody><tr><td>1</td><td>2</td></tr></tbody></table></div><p>end</p>",
+    "a | b, no table": "<p>a | b, no table</p>",
+    '[a *b*](https://x.y/w_(z)?q#f "t") [r](/x) [j](javascript:alert(1))':
+        '<p><a href="https://x.y/w_(z)?q#f">a <em>b</em></a> [r](/x) [j](javascript:alert(1))</p>',
+    "<https://x.y> <mailto:a@b.c> https://x.y/z. (http://q.r) [https://q.r]":
+        '<p><a href="https://x.y">https://x.y</a> <a href="mailto:a@b.c">mailto:a@b.c</a> '
+        '<a href="https://x.y/z">https://x.y/z</a>. (<a href="http://q.r">http://q.r</a>) '
+        '[<a href="https://q.r">https://q.r</a>]</p>',
+    "![pixel](https://x.y/p.png?d=1) ![](data:image/png,x)":
+        '<p><a href="https://x.y/p.png?d=1">pixel</a> ![](data:image/png,x)</p>',
+    "[![alt](https://i.j/k)](https://x.y)": '<p><a href="https://x.y">alt</a></p>',
+    "<b onclick=x>hi</b> &amp; <!-- c -->":
+        "<p>&lt;b onclick=x&gt;hi&lt;/b&gt; &amp;amp; &lt;!-- c --&gt;</p>",
+    "**“重点”**内容，见https://x.y。":
+        '<p><strong>“重点”</strong>内容，见<a href="https://x.y">https://x.y</a>。</p>',
+    "`` a`b `` and `open": "<p><code>a`b</code> and `open</p>",
+}
+# What must take no time, though it invites trouble: each is repeated to 50,000 characters.
+HOSTILE = [
+    "*", "**a", "*a_", "_a ", "[", "![", "](", "[](", "[a](b", '[](a "', "`", "`a``", "<",
+    "<https://", ">", "> ", "- ", "- a ", "|", "|-", "~~", "\\", "#", "# ", "http://", "_https:///",
+    "(http://a", "\n> ", "\n- ", "\n1. ", "\n" + " " * 40 + "- a", "```\n", "\n|a|\n|-|", "![a",
+    "*a **b ", "a*", "a**_", " ", "\t", "\n\n", "-", "=", "0.", "<a", "[https://a.b ", "\n```",
+]
+# fmt: on
+SAMPLE = "\n\n".join(MARKDOWN)
+RENDER = """(...pieces) => {
+    const root = document.createElement('div'), show = markdownInto(root);
+    let text = '';
+    for (const piece of pieces) show(text += piece);
+    show(text);
+    return root.innerHTML;
+}"""
+SKETCH = """(text) => {  // the HTML without the attributes that are the same everywhere
+    const root = document.createElement('div');
+    markdownInto(root)(text);
+    for (const one of root.querySelectorAll('.code')) {
+        const parts = [one.querySelector('span'), one.querySelector('code')];
+        one.replaceWith(`CODE[${parts.map((part) => part.textContent).join('|')}]`);
+    }
+    for (const one of root.querySelectorAll('*'))
+        for (const name of one.getAttributeNames())
+            if (!['href', 'start'].includes(name)) one.removeAttribute(name);
+    return root.innerHTML;
+}"""
+
+
+class Markdown(PageCase):
+    async def test_what_models_write(self) -> None:
+        """Markdown becomes the elements that people expect, and what is none stays text."""
+        page = await self.open()
+        for text, html in MARKDOWN.items():
+            with self.subTest(text):
+                self.assertEqual(await page.run(SKETCH, text), html)
+
+    async def test_splits(self) -> None:
+        """The final DOM is the same whatever the pieces that the text came in."""
+        page, chance = await self.open(), random.Random(3)
+        whole = await page.run(RENDER, SAMPLE)
+        for _ in range(30):
+            cuts = sorted(chance.sample(range(len(SAMPLE)), chance.choice([5, 50, 500])))
+            bounds = zip([0, *cuts], [*cuts, len(SAMPLE)], strict=True)
+            self.assertEqual(await page.run(RENDER, *(SAMPLE[a:b] for a, b in bounds)), whole)
+        self.assertEqual(await page.run(RENDER, *SAMPLE), whole)
+
+    async def test_finished_blocks(self) -> None:
+        """A block whose successor has a complete first line keeps its nodes to the end."""
+        page = await self.open()
+        code = """(text) => {
+            const root = document.createElement('div'), show = markdownInto(root), nodes = [];
+            for (let end = 1; end <= text.length; end += 1) {
+                show(text.slice(0, end));
+                if (text[end - 1] === '\\n') nodes.push(...[...root.childNodes].slice(0, -1));
+            }
+            return nodes.length > 100 && nodes.every((node) => node.parentNode === root);
+        }"""
+        self.assertTrue(await page.run(code, SAMPLE.replace("open", "")))
+
+    async def test_hostile_text(self) -> None:
+        """No text takes long or overflows the stack, however its marks are nested or left open."""
+        page = await self.open()
+        timed = f"(text) => {{ const t = performance.now(); ({RENDER})(text, 'x');"
+        for unit in HOSTILE:
+            with self.subTest(unit):
+                text = (unit * 50_000)[:50_000]
+                ms = await page.run(timed + "return performance.now() - t; }", text)
+                self.assertLess(ms, 1000)
+
+    async def test_sse_framing(self) -> None:
+        """The parser finds the same events wherever the bytes are cut, whatever ends the lines."""
+        page = await self.open()
+        lines = ["\ufeffdata: a\u2028é😀", ": c", "data:b", "", "", "data", "", "id: 7", "data:  [DONE]"]  # fmt: skip  # noqa: E501
+        code = """async (text) => {
+            const all = new Set(), bytes = new TextEncoder().encode(text);
+            for (let cut = 0; cut <= bytes.length; cut += 1) {
+                const pieces = [bytes.slice(0, cut), new Uint8Array(), bytes.slice(cut)];
+                const pull = (to) => { pieces.length ? to.enqueue(pieces.shift()) : to.close(); };
+                const events = [], body = new ReadableStream({ pull });
+                for await (const { data } of sseLines(body)) if (data !== null) events.push(data);
+                all.add(JSON.stringify(events));
+            }
+            return [...all].map(JSON.parse);
+        }"""
+        for end, tail in itertools.product(("\n", "\r\n", "\r"), ("", "\n", "\n\n")):
+            text = end.join(lines) + tail.replace("\n", end)
+            self.assertEqual(await page.run(code, text), [["a\u2028é😀\nb", " [DONE]"]])
+
+
+# ---- A conversation ----------------------------------------------------------------------
+
+
+async def half(call: Call) -> None:
+    """A reply that says the half of something and then waits."""
+    await call.start()
+    await call.send(delta(content="Half of"))
+    await call.gone.wait()
+
+
+def breaks(*pieces: str, error: Any = None) -> Reply:
+    """A reply that breaks off after these pieces: with an in-band error, or without a word."""
+
+    async def reply(call: Call) -> None:
+        await call.start()
+        for piece in pieces:
+            await call.send(delta(content=piece))
+        await (call.send(chunk(error=error)) if error else call.cut())
+
+    return reply
+
+
+def refuses(status: int, message: str = "No.", **headers: str) -> Reply:
+    async def reply(call: Call) -> None:
+        await call.start(status, "application/json", **headers)
+        error = {"message": message, "type": "t", "param": None, "code": "c"}
+        await call.send(json.dumps({"error": error}).encode())
+
+    return reply
+
+
+class Conversation(PageCase):
+    async def test_first_token_before_the_last(self) -> None:
+        """What has arrived shows while the rest has not; the whole conversation is sent."""
+        more = asyncio.Event()
+
+        async def reply(call: Call) -> None:
+            await call.start()
+            await call.send(delta(role="assistant", content=None) + delta(content="**Hel"))
+            await more.wait()
+            await call.send(delta(content="lo**") + delta("stop"))
+            await call.send(chunk(choices=[], usage={"completion_tokens": 7}) + DONE)
+
+        self.up.reply = reply
+        page = await self.open()
+        await page.send("One")
+        await page.until_says("Hel", "Answering…")
+        self.assertEqual(await page.run("$('log').ariaBusy"), "true")
+        more.set()
+        await page.until_says("Answer complete", "7 tokens", "First token")
+        self.assertIn("Hello", await page.run("document.querySelector('strong').innerText"))
+        self.up.reply = says("Again.")
+        await page.run("document.querySelector('header details').open = true")
+        await page.focus("textbox", "System prompt")
+        await page.type(" Be brief.")
+        await page.ask("Two")
+        body = self.up.calls[-1].body["messages"]
+        self.assertEqual([m["role"] for m in body], ["system", "user", "assistant", "user"])
+        self.assertEqual(self.sent(), ["One", "**Hello**", "Two"])
+        self.assertIn("Be brief.", body[0]["content"])
+        self.assertEqual(page.complaints(), [])
+        for name in ("You", "Assistant"):
+            self.assertEqual(len(await page.all("article", name)), 2)
+
+    async def test_stop(self) -> None:
+        """Stop, and Esc, close the upstream within 50 ms and keep the part; Enter does nothing."""
+        page, took = await self.open(), []
+        await page.run(
+            "for (const kind of ['click', 'keydown'])"
+            "addEventListener(kind, () => { window.at = Date.now(); }, true)"
+        )
+        for reply, words in ((half, "Half of"), (silent, "Answering…")):
+            for key in ("", "Escape"):
+                self.up.reply = reply
+                await page.run("$('message').value = ''")
+                await page.send("Hello")
+                await page.until_says(words)
+                while not self.up.calls or self.up.calls[-1].gone.is_set():
+                    await asyncio.sleep(0.01)
+                await page.type("next")
+                await page.press("Enter")
+                await page.find("button", "Stop")
+                await (page.press(key) if key else page.click("Stop"))
+                await asyncio.wait_for(self.up.calls[-1].gone.wait(), PATIENCE)
+                took.append(time.time() - await page.run("window.at") / 1000)
+                await page.until_says("Stopped by you")
+                await page.find("button", "Send")
+                self.assertEqual(await page.run("$('message').value"), "next")
+                self.assertEqual(self.sent()[-1], "Hello")
+        self.assertEqual(len(self.up.calls), 4)
+        self.assertLess(min(took), 0.05)
+
+    async def test_double_click(self) -> None:
+        """A double click, or Enter twice, on Send makes one request and does not stop it."""
+        self.up.reply = half
+        page = await self.open()
+        await page.type("Hello")
+        await page.click("Send", count=2)
+        await page.until_says("Half of")
+        await page.find("button", "Stop")
+        await page.click("New chat")
+        await page.type("Hello")
+        await page.press("Enter")
+        await page.press("Enter")
+        await page.until_says("Half of")
+        await page.find("button", "Stop")
+        self.assertEqual(len(self.up.calls), 2)
+
+    async def test_new_chat(self) -> None:
+        """New chat clears the conversation, also under a running answer, which it aborts."""
+        self.up.reply = half
+        page = await self.open()
+        await page.send("Hello")
+        await page.until_says("Half of")
+        await page.click("New chat")
+        self.assertEqual(await page.run("document.querySelectorAll('article').length"), 0)
+        await asyncio.wait_for(self.up.calls[0].gone.wait(), PATIENCE)
+        self.up.reply = says("Fresh.")
+        await page.ask("Anew")
+        self.assertEqual(self.sent(), ["Anew"])
+        await page.reload()
+        self.assertNotIn("Half of", await page.text())
+
+    async def test_endings(self) -> None:
+        """Complete, cut at the limit and broken are told apart, and each offers what helps."""
+        both = {"Continue", "Retry"}
+        lost = {"message": "GPU lost"}
+        # fmt: off
+        cases: dict[str, tuple[Reply, list[str], set[str]]] = {
+            "complete": (says("Part"), ["Answer complete"], set()),
+            "no finish_reason": (says("Part", finish=None), ["Answer complete"], set()),
+            "limit": (says("Part", finish="length"), ["Cut at the token limit"], {"Continue"}),
+            "filter": (says("Part", finish="weird"), ["broke off", "weird"], both),
+            "cut": (breaks("Part"), ["broke off"], both),
+            "in-band": (breaks("Part", error=lost), ["broke off", "GPU lost"], both),
+            "refused": (refuses(400, "Too long."), ["Too long."], {"Retry"}),
+        }
+        # fmt: on
+        page = await self.open()
+        for name, (reply, words, offers) in cases.items():
+            with self.subTest(name):
+                self.up.reply = reply
+                await page.click("New chat")
+                await page.ask()
+                for word in words:
+                    self.assertIn(word, await page.run("document.body.innerText"))
+                self.assertEqual({b for b in both if await page.all("button", b)}, offers)
+                self.assertEqual("Part" in await page.text(), name != "refused")
+                self.assertEqual(len(await page.all("alert", "")), int("Retry" in offers))
+
+    async def test_continue(self) -> None:
+        """Continue sends the part as the assistant's and joins what comes to it."""
+        self.up.reply = breaks("Half of ", error={"message": "No."})
+        page = await self.open()
+        await page.ask()
+        self.up.reply = says("the whole.")
+        await page.click("Continue")
+        await page.until_says("Half of the whole.", "Answer complete")
+        last = self.up.calls[-1].body["messages"][-1]
+        self.assertEqual(last, {"role": "assistant", "content": "Half of "})
+
+    async def test_regenerate(self) -> None:
+        """Regenerate asks again; an answer whose successor fails at once is not lost."""
+        page = await self.open()
+        await page.ask()
+        self.up.reply = refuses(400, "Not today.")
+        await page.click("Regenerate")
+        await page.until_says("Not today.", "Hello.")
+        self.up.reply = says("Better.")
+        await page.click("Retry")
+        await page.until_says("Better.")
+        self.assertNotIn("Hello.", await page.text())
+
+    async def test_edit(self) -> None:
+        """Edit fills the composer; Esc restores the draft, Enter cuts the conversation there."""
+        page = await self.open()
+        value = "document.activeElement.value"
+        await page.ask("First")
+        await page.ask("Second")
+        await page.type("draft")
+        for _ in range(2):
+            await page.focus("button", "Edit", 0)
+            await page.press("Enter")
+            self.assertEqual(await page.run(value), "First")
+            await page.press("Escape")
+            self.assertEqual(await page.run(value), "draft")
+        await page.focus("button", "Edit", 0)
+        await page.press("Enter")
+        await page.ask(" of all")
+        self.assertEqual(self.sent(), ["First of all"])
+        self.assertEqual(await page.run(value), "draft")
+        await page.ask()
+        await page.focus("button", "Edit", 1)
+        await page.press("Enter")
+        await page.focus("button", "Regenerate", 0)  # the message under the pen goes
+        await page.press("Enter")
+        await page.until_says("Answer complete")
+        await page.ask("Last")
+        self.assertEqual(self.sent(), ["First of all", "Hello.", "Last"])
+
+    async def test_wait(self) -> None:
+        """A 429 counts its Retry-After down and then enables Retry; nothing is sent by itself."""
+        self.up.reply = refuses(429, "Slow down.", retry_after="1")
+        page = await self.open()
+        await page.ask()
+        await page.until_says("Slow down.", "1 s")
+        retry = "[...document.querySelectorAll('button')].find((b) => b.innerText == 'Retry')"
+        self.assertTrue(await page.run(retry + ".disabled"))
+        await page.until(f"!{retry}.disabled")
+        self.assertEqual(len(self.up.calls), 1)
+
+    async def test_token(self) -> None:
+        """A 401 asks for the access token, again if it is wrong, and sends what was asked."""
+        page = await self.open(token="right")
+        await page.send("Secret question")
+        for token in ("wrong", "right"):
+            await page.until("document.querySelector('dialog').open && !$('token').value")
+            await page.focus("textbox", "Access token")
+            await page.type(token)
+            await page.press("Enter")
+        await page.until_says("Hello.")
+        self.assertEqual(self.sent(0), ["Secret question"])
+
+    async def test_token_in_the_fragment(self) -> None:
+        """#token=… is taken at the start and in an open page, and leaves the address bar."""
+        page = await self.open("#token=wrong", token="right+1")
+        self.assertEqual(await page.run("location.hash"), "")
+        await page.run("location.hash = 'token=right+1'")
+        await page.until("location.hash === ''")
+        await page.ask()
+        await page.until_says("Hello.")
+
+    async def test_reload(self) -> None:
+        """A reload keeps conversation and draft; an answer that it interrupts is marked so."""
+        page = await self.open()
+        await page.ask("First")
+        self.up.reply = half
+        await page.send("Second")
+        await page.until_says("Half of")
+        await page.type("a draft")
+        await page.reload()
+        await page.until_says("First", "Hello.", "Second", "Half of", "Interrupted")
+        self.assertEqual(await page.run("$('message').value"), "a draft")
+        await page.find("button", "Continue")
+
+    async def test_damaged_storage(self) -> None:
+        """Whatever stands in the storage, the page starts and works."""
+        page = await self.open()
+        await page.ask()
+        keys = await page.run("Object.keys(sessionStorage)")
+        odd = '{"messages":[null,7,{"role":"assistant","content":5,"tools":9,"until":"x"}]}'
+        spoil = "(keys, junk) => keys.forEach((key) => sessionStorage.setItem(key, junk))"
+        for junk in ("{", "7", "[]", odd, '{"text":[]}'):
+            await page.run("onpagehide = null")
+            await page.run(spoil, keys, junk)
+            await page.reload()
+            await page.click("New chat")
+            await page.ask()
+            self.assertIn("Hello.", await page.text())
+        await page.run("Storage.prototype.setItem = () => { throw new DOMException('full'); }")
+        await page.ask()
+        self.assertEqual((await page.text()).count("Hello."), 2)
+
+    async def test_composer(self) -> None:
+        """Enter sends, but not with Shift and not the Enter that ends an IME composition."""
+        page = await self.open()
+        await page.type("a")
+        await page.press("Enter", modifiers=8)
+        await page.press("Enter", code=229)
+        await page.run(
+            "document.activeElement.dispatchEvent(new KeyboardEvent('keydown',"
+            "{ key: 'Enter', isComposing: true, bubbles: true, cancelable: true }))"
+        )
+        self.assertEqual(self.up.calls, [])
+        await page.press("Enter")
+        await page.until_says("Hello.")
+        self.assertEqual(self.sent()[0].strip(), "a")
+
+    async def test_models(self) -> None:
+        """With more than one model there is a picker, and what it shows is what is asked."""
+        page = await self.open(model=("small", "large"))
+        await page.find("combobox", "Model")
+        await page.run("$('model').value = 'large'; $('model').dispatchEvent(new Event('change'))")
+        await page.ask()
+        self.assertEqual(self.up.calls[0].body["model"], "large")
+
+    async def test_copy(self) -> None:
+        """Copy takes the Markdown of an answer, or a block's code, and says so; on http too."""
+        source = "**a**\n\n```\nx = 1\n```"
+        self.up.reply = says(source)
+        page = await self.open()
+        await page.ask()
+        await page.run("navigator.clipboard.writeText = async (text) => { window.copied = text; }")
+        catch = "addEventListener('copy', (e) => { copied = e.clipboardData.getData('text'); })"
+        for _ in range(2):
+            for index, text in enumerate(("x = 1", source)):
+                await page.focus("button", "Copy", index)
+                await page.press("Enter")
+                await page.find("button", "Copied")
+                self.assertEqual(await page.run("window.copied"), text)
+                await page.until("!document.body.innerText.includes('Copied')")
+            await page.run("Object.defineProperty(navigator, 'clipboard', { value: undefined })")
+            await page.run(catch)
+
+    async def test_reasoning_and_tools(self) -> None:
+        """Reasoning is folded, once, and not sent back; a refusal shows, tools are named."""
+        parts = [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}]
+        both = {"reasoning_content": "hm", "reasoning": "hm"}
+        call = {"name": "weather", "arguments": "{}"}
+        for thought in (delta(content=parts), delta(**both), delta(reasoning="hm")):
+
+            async def reply(to: Call, thought: bytes = thought) -> None:
+                await to.start()
+                await to.send(thought + delta(content=[{"type": "text", "text": "So"}]))
+                await to.send(delta(tool_calls=[{"index": 0, "function": call}]))
+                await to.send(delta(function_call={"name": "clock", "arguments": ""}))
+                await to.send(delta(refusal="I will not.") + delta("tool_calls") + DONE)
+
+            self.up.reply = reply
+            page = await self.open()
+            await page.ask()
+            folded = await page.run("document.querySelector('[role=log] details').textContent")
+            self.assertEqual(folded, "Reasoninghm")
+            for words in ("So\n", "weather, clock", "I will not."):
+                self.assertIn(words, await page.text())
+            await page.ask()
+            self.assertNotIn("hm", json.dumps(self.up.calls[-1].body))
+
+    async def test_scrolling(self) -> None:
+        """The page follows the answer until the reader scrolls up; Latest returns."""
+        go = asyncio.Semaphore(0)
+
+        async def reply(call: Call) -> None:
+            await call.start()
+            for i in range(3):
+                await call.send(delta(content="line\n\n" * 40 + f"Part {i}\n\n"))
+                await go.acquire()
+            await call.send(DONE)
+
+        self.up.reply = reply
+        page = await self.open()
+        gap = "((log) => log.scrollHeight - log.scrollTop - log.clientHeight)($('log'))"
+        await page.send("Hello")
+        await page.until_says("Part 0")
+        await page.until(gap + " < 2")
+        notch = {"x": 400, "y": 300, "deltaX": 0, "deltaY": -100}
+        await page.call("Input.dispatchMouseEvent", type="mouseWheel", **notch)
+        await page.until(gap + " > 50")
+        go.release()
+        await page.until_says("Part 1")
+        self.assertGreater(await page.run(gap), 1000)
+        await page.click("Latest")
+        await page.until(gap + " < 2")
+        self.assertEqual(await page.all("button", "Latest"), [])
+        go.release()
+        await page.until_says("Part 2")
+        await page.until(gap + " < 2")
+        go.release()
+
+    async def test_wire(self) -> None:
+        """The wire shows each line as it came, with its time, and a plot; it keeps 500 lines."""
+        self.up.reply = says(*["y"] * 600, *["x" * 500] * 5)
+        page = await self.open()
+        await page.ask()
+        self.assertEqual(await page.all("complementary", "Wire"), [])
+        await page.click("Wire")
+        rows = await page.until(
+            "[...document.querySelectorAll('aside li')].map((e) => e.innerText)"
+        )
+        self.assertEqual(len(rows), 500)
+        self.assertIn("[DONE]", rows[-1])
+        self.assertRegex(rows[0], r"^\d+ ms\s+data: \{")
+        self.assertLess(max(map(len, rows)), 420)
+        name = await page.run("document.querySelector('aside [role=img]').ariaLabel")
+        self.assertTrue(await page.all("image", name))
+
+    async def test_xss(self) -> None:
+        """Whatever a model, a user, a model's name or an error says: no script, nothing loaded."""
+        # fmt: off
+        evil = [
+            "<script>hit()</script>", "<img src=x onerror=hit()>", "<svg/onload=hit()>",
+            "[x](javascript:hit())", "[x](JaVaScRiPt:hit())", "<javascript:hit()>",
+            "[x](data:text/html,<script>hit()</script>)", "![x](https://evil.example/x.png)",
+            '[x](https://a.b/"onmouseover=hit())', "[x](//evil.example)",
+            "```<img src=x onerror=hit()>\n</code><script>hit()</script>\n```",
+            "|<img src=x onerror=hit()>|\n|-|\n|<iframe src=//evil.example>|",
+            "<style>@import 'https://evil.example'</style>", "<base href=https://evil.example>",
+            "<meta http-equiv=refresh content=0;url=https://evil.example>",
+        ]
+        # fmt: on
+        text = "\n\n".join(evil)
+        page = await self.open(model=(evil[1], "b"))
+        await page.run("window.hits = 0; window.hit = () => { window.hits += 1; }")
+        broken = breaks(text, error={"message": text[:400]})
+        for reply in (says(text), broken, refuses(400, text[:400])):
+            self.up.reply = reply
+            await page.ask(text)
+        inside = "[...document.querySelectorAll('[role=log] *')].map((one) => one.localName)"
+        allowed = "article h2 div p a br span button pre code table thead tbody tr th td small"
+        self.assertLessEqual(set(await page.run(inside)), set(allowed.split()))
+        links = "[...$('log').querySelectorAll('a')].map((a) => a.protocol + ' ' + a.rel)"
+        safe = {"https: noopener noreferrer"}
+        self.assertEqual(set(await page.run(links)), safe)
+        asked = [s["params"] for s in page.events if s["method"] == "Network.requestWillBeSent"]
+        urls = {params["request"]["url"] for params in asked}
+        self.assertEqual({url for url in urls if not url.startswith((self.url, "data:"))}, set())
+        self.assertEqual(await page.run("window.hits"), 0)
+
+    async def test_long_answer(self) -> None:
+        """100 KB in 4,000 pieces make no task over 50 ms, whatever the one block they make."""
+        kinds = {
+            "": "Some *words* in a `paragraph`.\n\n",
+            "One ": "paragraph of *many* words in `code`, and [a link](https://x.y/z). ",
+            "#": "- an item with **bold**\n",
+            "|a|b|c|\n|-|:-:|-:|\n": "|a cell|`b`|**c** and more|\n",
+            "```\n": "x = 1\n",
+        }
+        watch = """window.tasks = []; new PerformanceObserver((list) => tasks.push(
+            ...list.getEntries().map((one) => one.duration))).observe({ type: 'longtask' })"""
+        for start, unit in kinds.items():
+            with self.subTest(unit):
+                text = (start + unit * 9000)[:100_000]
+                self.up.reply = says(*(text[i : i + 25] for i in range(0, len(text), 25)))
+                for _ in range(3):  # a busy machine may disturb one or two
+                    page = await self.open()
+                    await page.run(watch)
+                    await page.call("Accessibility.disable")  # DevTools' own tree costs more
+                    await page.type("Hello")
+                    await page.press("Enter")
+                    await page.until("$('status').innerText === 'Answer complete'")
+                    if not (tasks := [ms for ms in await page.run("tasks") if ms > 5 * PATIENCE]):
+                        break
+                self.assertEqual(tasks, [])
+
+    @unittest.skipUnless(AXE, "CHATSTREAM_AXE does not name an axe.min.js")
+    async def test_axe(self) -> None:
+        """axe-core finds nothing: empty, streaming, done and failed, in light and in dark."""
+        axe = Path(AXE or "").read_text(encoding="utf-8")
+        check = """axe.run().then(({ violations }) => violations.map(
+            (one) => one.id + ' ' + one.nodes.map((node) => node.html)))"""
+        for scheme in ("light", "dark"):
+            self.up.reply = half
+            page = await self.open()
+            media = [{"name": "prefers-color-scheme", "value": scheme}]
+            await page.call("Emulation.setEmulatedMedia", features=media)
+            await page.run(axe + ";0")
+            self.assertEqual(await page.run(check), [], "empty")
+            await page.send("Hello")
+            await page.until_says("Half of")
+            await page.click("Wire")
+            self.assertEqual(await page.run(check), [], "streaming")
+            await page.click("Stop")
+            for reply in (says(SAMPLE), refuses(429, "Slow down.", retry_after="60")):
+                self.up.reply = reply
+                await page.ask()
+                self.assertEqual(await page.run(check), [], reply)
+
+    async def test_phone(self) -> None:
+        """At 360 px nothing scrolls sideways but code and tables, each within its own box."""
+        table = "|a|b|\n|-|-|\n|" + "wide " * 9 + "|" + "x" * 99 + "|\n\n"
+        self.up.reply = says(table + "```\n" + "x" * 200 + "\n```\n" + "y" * 300)
+        page = await self.open(width=360, height=740)
+        await page.ask("z" * 300)
+        boxes = "[document.documentElement, $('log')].map((b) => b.scrollWidth - b.clientWidth)"
+        for _ in range(2):
+            self.assertEqual(await page.run(boxes), [0, 0])
+            await page.click("Wire")
 
 
 # ---- The README --------------------------------------------------------------------------
