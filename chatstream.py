@@ -735,7 +735,9 @@ STREAM_HEADERS = COMMON_HEADERS | {
 
 
 class EventStream(web.StreamResponse):
-    _send_headers_immediately = False  # they go out with the first event, in one packet
+    # aiohttp's own switch: the headers go out with the first event, in one packet. Should it
+    # vanish, they go out in a packet of their own.
+    _send_headers_immediately = False
 
 
 @dataclass(eq=False, slots=True)
@@ -756,6 +758,7 @@ class Stream:
     first_event: float | None = None  # seconds after that
     # for the timer: what it saw last, and when that had changed
     receiving: bool = True  # the request's body is not here yet
+    ending: bool = False  # all is sent, but not yet taken
     heard: int = 0
     heard_at: float = 0.0
     taken: int = 0
@@ -785,6 +788,9 @@ class Stream:
     async def end(self, data: bytes) -> None:
         """The last bytes. Stays until the client has taken them all, so that the time limits
         and the drain know of it until then."""
+        self.ending = True
+        if self.beating:
+            self.beating.cancel()  # nothing may follow
         await (await self.open()).write_eof(data)
         while self.unread():  # noqa: ASYNC110 - asyncio tells of less than 16 KB, not of none
             await asyncio.sleep(self.settings.look_seconds / 4)
@@ -802,7 +808,7 @@ class Stream:
         """The one timer of a stream. To set a deadline at each read and each write would cost
         more than they do; so they only count, and this looks now and then what has moved."""
         now, settings, unread = self.loop.time(), self.settings, self.unread()
-        waits_for_client = self.receiving or unread > 0
+        waits_for_client = self.receiving or self.ending or unread > 0
         taken = self.request.writer.output_size - unread
         if taken > self.taken or not waits_for_client:
             self.taken, self.taken_at = taken, now

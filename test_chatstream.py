@@ -1261,6 +1261,23 @@ class Time(Case):
                 data += await reader.read(4096)
         return data
 
+    async def test_nothing_after_the_end(self) -> None:
+        """No heartbeat follows the last byte, however late a client takes it: on a connection
+        that is kept alive it would be taken for the next answer."""
+        reply = sends(framed(b'{"choices":["%b"]}' % (b"x" * 40_000)) + TAIL)
+
+        async def read_late() -> bytes:
+            async with self.slow_client(reply, heartbeat_seconds=0.1) as (_, reader, up):
+                await self.eventually(lambda: up.calls and not up.tasks)
+                await asyncio.sleep(0.2)
+                data = await self.read_until(reader, b"0\r\n\r\n")
+                with suppress(TimeoutError):
+                    data += await asyncio.wait_for(reader.read(100), 0.2)
+                return data
+
+        for data in await asyncio.gather(*(read_late() for _ in range(40))):
+            self.assertTrue(data.endswith(b"[DONE]\n\n\r\n0\r\n\r\n"), data[-80:])
+
     async def until_outcome(self, url: str, outcome: str) -> None:
         async with asyncio.timeout(PATIENCE):
             name = f'chatstream_streams_total{{outcome="{outcome}"}}'
