@@ -48,13 +48,11 @@ from chatstream import (
     EventParser,
     Relay,
     Settings,
-    environment_proxy,
-    public,
-    secret_pattern,
 )
 
 HERE = Path(__file__).parent
-logging.getLogger("aiohttp.server").addFilter(chatstream.is_our_fault)
+logging.getLogger("aiohttp.server").addFilter(chatstream.Quiet())
+chatstream.log = lambda line: None  # its lines are read where the program runs by itself
 logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of each slow step
 PATIENCE = 10.0 * float(os.environ.get("CHATSTREAM_TEST_PATIENCE", "1"))  # seconds, then: red
 DONE = b"data: [DONE]\n\n"
@@ -230,8 +228,7 @@ async def serving(up: Upstream | None = None, **settings: Any) -> AsyncIterator[
     if up:
         settings["base_url"] = up.url
     settings = dict[str, Any](port=0, drain_seconds=0.0, model=("m",)) | settings
-    proxy = environment_proxy(settings.get("base_url", ""))
-    server = Chatstream(Settings(**settings), proxy, log=lambda line: None)
+    server = Chatstream(Settings(**settings))
     try:
         yield await server.start()
     finally:
@@ -487,15 +484,6 @@ GOOD_STREAMS = {  # name: (what the upstream sends, what goes out)
         framed(b'{"choices":[{}],"error":null}') + TAIL,
     ),
     "a long comment": (b":" + b"x" * 250_000 + b"\n" + GOOD, WHOLE),
-    "a chunk in one piece, over several lines": (
-        b'\xef\xbb\xbf\r\n{"choices":[\r\n{"delta":{}}]\r\n}',
-        framed(b'{"choices":[  {"delta":{}}]  }') + DONE,
-    ),
-    "a whole completion": (COMPLETION, framed(AS_CHUNK) + DONE),
-    "a whole completion with a glued [DONE]": (
-        COMPLETION + b"data: [DONE]\n\n",
-        framed(AS_CHUNK) + DONE,
-    ),
     "a whole completion as an event": (framed(COMPLETION) + DONE, framed(AS_CHUNK) + DONE),
 }
 
@@ -530,7 +518,6 @@ BAD_STREAMS = {  # name: (what the upstream sends, the error's code and message)
         "upstream_error",
         "Oh no",
     ),
-    "an error in one piece": (LOUD, "busy", "Overloaded"),
     "no JSON": (framed(b"nonsense"), "upstream_invalid", ""),
     "a JSON list": (framed(b"[1]"), "upstream_invalid", ""),
     "two JSON objects": (framed(b"{}{}"), "upstream_invalid", ""),
@@ -555,7 +542,7 @@ BAD_STREAMS = {  # name: (what the upstream sends, the error's code and message)
     "comments alone": (b": ping\n\n" * 3, "empty_stream", ""),
     "nothing but [DONE]": (DONE, "empty_stream", ""),
     "no event stream": (b"Hello, world\n", "upstream_invalid", ""),
-    "JSON that is no completion": (b'{"choices":3}', "upstream_invalid", ""),
+    "JSON without data: (a stray line)": (b'{"choices":3}', "upstream_invalid", ""),
     "an end inside a payload": (b'data: {"choices":[{', "stream_truncated", ""),
 }
 MANY_BYTES = 100_000  # longer ones are not fed byte by byte
@@ -574,7 +561,7 @@ class Quirks(unittest.TestCase):
     """What upstreams really send (the sources stand in the names), cut in every way."""
 
     def feed(self, body: bytes, cuts: list[int], cut: bool = False) -> tuple[bytes, Relay]:
-        relay, out = Relay(EventParser(100_000), secret_pattern("sk-secret")), b""
+        relay, out = Relay(EventParser(100_000)), b""
         bounds = [0, *cuts, len(body)]
         for start, end in itertools.pairwise(bounds):
             if start < end and not (relay.done or relay.failure):
@@ -596,14 +583,14 @@ class Quirks(unittest.TestCase):
     def test_bad_streams(self) -> None:
         """Whatever the dialect of the error, it is told, and what came before it goes out."""
         for name, (body, code, message) in BAD_STREAMS.items():
-            good = framed(HELLO_CHUNK) if code != "empty_stream" and body[:1] != b"{" else b""
+            good = framed(HELLO_CHUNK) if code != "empty_stream" else b""
             for cuts in splits(good + body):
                 with self.subTest(name, cuts=cuts[:1]):
                     out, relay = self.feed(good + body, cuts)
                     self.assertEqual(out, good)
                     self.assertFalse(relay.done)
                     assert relay.failure
-                    stray = code == "upstream_invalid" and body.startswith(b"Hello")
+                    stray = code == "upstream_invalid" and body[:1] in (b"H", b"{")
                     self.assertEqual(relay.failure.code, "stream_truncated" if stray else code)
                     self.assertIn(message, relay.failure.message)
 
@@ -620,36 +607,6 @@ class Quirks(unittest.TestCase):
             for cut in (True, False):
                 _, relay = self.feed(GOOD[:length], [], cut)
                 self.assertEqual(relay.failure and relay.failure.code, "stream_truncated")
-
-    def test_the_short_cut_changes_nothing(self) -> None:
-        """A payload that differs from a checked one in its text alone is not parsed again;
-        whatever comes, the outcome is the same as with a relay that parses them all."""
-
-        class Thorough(Relay):
-            def remember(self, data: bytes) -> None:
-                pass
-
-        chance = random.Random(7)
-        texts = ["a", " ", "", "é", "👩", '\\"', '"', "\\", "\\n", "\n", "\x00", "\r", '"}', '",""']
-        texts += ["\u2028", '"content":"', "data: x", "\\u00e9", "[DONE]", "\udc80", "]}", "\x7f"]
-        frames = ['{"choices":[{"delta":{"content":"%s"},"finish_reason":null}]}']
-        frames += ['{"choices":[{"delta":{"content": "%s"}}],"error":""}', '{"content":"%s"}']
-        for _ in range(3000):
-            rows = [chance.choice(frames).replace("%s", chance.choice(texts)) for _ in range(4)]
-            events = [f"data: {row}{chance.choice(['', ' '])}\n\n" for row in rows]
-            pieces = [event.encode(errors="surrogateescape") for event in events]
-            if chance.random() < 0.3:
-                pieces = [b"".join(pieces)]
-            if chance.random() < 0.2:
-                pieces = [byte for piece in pieces for byte in (piece[:9], piece[9:])]
-            results = []
-            for kind in (Relay, Thorough):
-                relay = kind(EventParser(200), secret_pattern())
-                out = b""
-                for piece in pieces:
-                    out += b"" if relay.failure else relay.feed(piece)
-                results.append((out, relay.events, relay.failure and relay.failure.code))
-            self.assertEqual(*results)
 
     def test_long_event_in_small_pieces(self) -> None:
         """An event just within the limit passes, and costs time in proportion to its length."""
@@ -686,7 +643,7 @@ class Transcripts(Case):
             self.assertEqual(answer.status, status)
             said = json.loads(body)
             said = said["error"] if isinstance(said["error"], dict) else said
-            self.assertEqual(answer.error["message"], public(said["message"], secret_pattern()))
+            self.assertEqual(answer.error["message"], said["message"][:500])
         elif b'"chat.completion"' in body:
             self.assertEqual(answer.payloads[-1], b"[DONE]")
         elif b"data: [DONE]" in body and b'"error"' not in body and b"$\n" not in body:
@@ -770,7 +727,7 @@ REFUSALS = {  # name: (the upstream's answer, then status, code, type, part of t
             400,
             "upstream_rejected",
             "invalid_request_error",
-            "Key *** at http://***/x and *** failed",
+            "Key *** at http://10.1.2.3:80/x and /home/me/app.py failed",
         ),
     ),
     "a very long message": (
@@ -791,7 +748,7 @@ REFUSALS = {  # name: (the upstream's answer, then status, code, type, part of t
     ),
     "another type": (
         fails(200, b"hello", "text/plain"),
-        (502, "upstream_invalid", "upstream_error", "no valid"),
+        (502, "upstream_invalid", "upstream_error", "cannot be read"),
     ),
     "200 with an error": (fails(200, LOUD), (502, "busy", "overloaded_error", "Overloaded")),
     "200 with bad JSON": (fails(200, b"{bad"), (502, "upstream_invalid", "upstream_error", "")),
@@ -834,6 +791,25 @@ class Status(Case):
                 self.assertEqual(list(error), ["message", "type", "param", "code", "request_id"])
                 self.assertNotIn(b"sk-secret", answer.body)
 
+    async def test_in_one_piece(self) -> None:
+        """A whole completion in JSON goes out as one chunk and [DONE]; other JSON does not."""
+        for body, sent in {
+            COMPLETION: [AS_CHUNK, b"[DONE]"],
+            b'\xef\xbb\xbf\r\n{"choices":[\r\n{"message":{}}]\r\n}': [
+                b'{"choices": [{"delta": {}}], "object": "chat.completion.chunk"}',
+                b"[DONE]",
+            ],
+            b'{"choices":[{"delta":{"content":"a"}},{"message":{"content":"b"}}]}': [
+                b'{"choices": [{"delta": {"content": "a"}}, {"delta": {"content": "b"}}], '
+                b'"object": "chat.completion.chunk"}',
+                b"[DONE]",
+            ],
+        }.items():
+            answer = await self.ask_through(sends(body, content_type="application/json"))
+            self.assertEqual(answer.payloads, sent)
+        answer = await self.ask_through(sends(b'{"choices":3}', content_type="application/json"))
+        self.assertEqual(answer.error["code"], "upstream_invalid")
+
     async def test_kept(self) -> None:
         """Of another 4xx the param, Retry-After and the rate limits are passed on."""
         body = b'{"error":{"message":"No","param":"n"}}'
@@ -872,19 +848,6 @@ class Status(Case):
 
         answer = await self.ask_through(reply)
         self.assertEqual(answer.payloads[0], HELLO_CHUNK)
-        self.assertEqual(answer.error["code"], "stream_truncated")
-
-    async def test_broken_chunked_encoding(self) -> None:
-        """Nor does the client wait for ever when the upstream breaks the encoding."""
-
-        async def reply(call: Call) -> None:
-            await call.start()
-            await call.send(framed(HELLO_CHUNK))
-            await asyncio.sleep(0.05)  # in one read with the head it would be no HTTP at all
-            await call.raw(b"nonsense\r\n")
-            await call.gone.wait()
-
-        answer = await self.ask_through(reply, heartbeat_seconds=0.2)
         self.assertEqual(answer.error["code"], "stream_truncated")
 
     async def test_first_event_goes_out_at_once(self) -> None:
@@ -986,40 +949,9 @@ class Asking(Case):
             self.assertEqual(listed, {"object": "list", "data": names})
             self.assertEqual(up.calls[1].headers["authorization"], "Bearer k")
         async with upstream(reply) as up, serving(up, model=("*",)) as url:
-            await self.ask(url)
-            self.assertNotIn("model", up.calls[0].body)
-
-    async def test_retry(self) -> None:
-        """One more try when the connection died before a byte came; none after a status."""
-
-        async def dies_once(call: Call) -> None:
-            await (call.cut() if len(up.calls) == 1 else says("Hi")(call))
-
-        async with upstream(dies_once) as up, serving(up) as url:
-            self.assertEqual((await self.ask(url)).payloads[-1], b"[DONE]")
-            self.assertEqual(len(up.calls), 2)
-        for reply, tries in (
-            (dies, 2),
-            (fails(500, b"{}"), 1),
-            (half_a_head, 1),
-            (half_a_head_and_reset, 1),
-        ):
-            async with upstream(reply) as up, serving(up) as url:
-                await self.ask(url)
-                self.assertEqual(len(up.calls), tries)
-
-    async def test_stale_connection(self) -> None:
-        """A pooled connection that the upstream closes in that moment is no error."""
-
-        async def once(call: Call) -> None:
-            if call.up.calls.count(call) > 1:
-                return call.transport.abort()
-            return await says("Hi")(call)
-
-        async with upstream(once) as up, serving(up) as url:
-            for _ in range(3):
-                self.assertEqual((await self.ask(url)).payloads[-1], b"[DONE]")
-            self.assertGreater(len(up.calls), up.connections)
+            answer = await self.ask(url)
+            self.assertEqual((answer.status, up.calls), (400, []))
+            self.assertIn("GET /v1/models lists them", answer.error["message"])
 
     async def test_done_lets_go(self) -> None:
         """After [DONE] the upstream is let go, even if it holds the socket open."""
@@ -1222,7 +1154,7 @@ class Time(Case):
         address, the client's reader, and the upstream."""
         settings = dict[str, Any](port=0, drain_seconds=0.0) | settings
         async with upstream(reply) as up:
-            server = Chatstream(Settings(base_url=up.url, **settings), log=lambda line: None)
+            server = Chatstream(Settings(base_url=up.url, **settings))
             url = await server.start()
             listener: Any = server.site._server
             listener.sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
@@ -1297,22 +1229,6 @@ class Time(Case):
             started = time.monotonic()
             await self.until_outcome(url, "client_gone")
             self.assertLess(time.monotonic() - started, 2.5)
-
-    async def test_what_came_before_the_break(self) -> None:
-        """What an upstream sent before its connection broke goes out, to a slow client too."""
-
-        async def breaks(call: Call) -> None:
-            await call.start()
-            some = framed(b'{"choices":["%b"]}' % (b"x" * 4000))
-            await call.send(some * 20)
-            await asyncio.sleep(0.2)  # by now chatstream waits for its client
-            await call.send(some * 10 + TAIL)
-            call.chunked = False  # no end of the body
-            call.transport.close()
-
-        async with self.slow_client(breaks) as (_, reader, up):
-            await self.eventually(lambda: up.calls and up.calls[0].gone.is_set())
-            self.assertNotIn(b'"error"', await self.read_until(reader, b"0\r\n\r\n"))
 
     async def test_back_pressure(self) -> None:
         """200 MB for a client that reads nothing: the process does not grow, the upstream
@@ -1635,7 +1551,7 @@ class Watching(Case):
             (stalls, "timeout"),
         ]
         async with upstream(silent) as up, serving(up, idle_seconds=0.2) as url:
-            counted = dict.fromkeys((*chatstream.OUTCOMES, "rejected"), 0)
+            counted = dict.fromkeys(chatstream.OUTCOMES.split(), 0)
             for reply, outcome in rows:
                 up.reply = reply
                 await self.ask(url)
@@ -1678,11 +1594,11 @@ class Watching(Case):
         self.assertEqual(text.count("_bucket{"), 2 * 17)
 
     async def test_no_secret_gets_out(self) -> None:
-        """Key, token, addresses, paths and message text stand in no answer, no log line, no
-        metric, no --help, no repr and no process list."""
-        secrets = ["sk-secret-1", "token-secret-2", "PRIVATE TEXT", "127.0.0.1:", str(HERE)]
+        """Key, token and message text stand in no answer, no log line, no metric, no repr and
+        no process list; nor does the upstream's address in an answer."""
+        secrets = ["sk-secret-1", "token-secret-2", "PRIVATE TEXT"]
         body = json.dumps({"messages": [{"role": "user", "content": secrets[2]}]}).encode()
-        leaky = json.dumps({"error": {"message": f"{LEAKY} {secrets[:2]} {HERE}/x.py"}}).encode()
+        leaky = json.dumps({"error": {"message": f"{LEAKY} {secrets[:2]}"}}).encode()
         replies = (fails(400, leaky), sends(framed(leaky)), fails(500, leaky), dies, says("Hi"))
         env = {"OPENAI_API_KEY": secrets[0], "CHATSTREAM_TOKEN": secrets[1]}
         seen = []
@@ -1706,7 +1622,7 @@ class Watching(Case):
         self.assertNotIn("Traceback", run.err)
         self.assertEqual(len(run.err.splitlines()), 30, run.err)
         settings = Settings(api_key=secrets[0], token=secrets[1])
-        seen += [repr(settings), chatstream.argument_parser().format_help()]
+        seen.append(repr(settings))
         for secret in secrets:
             for place in seen:
                 self.assertNotIn(secret, place)
@@ -2800,23 +2716,14 @@ def code(cell: str) -> list[str]:
 
 
 def settings_rows() -> list[list[str]]:
-    return [
-        [f"`{chatstream.variable(each.name)}`", f"`{shown}`" if shown else "–", told["what"]]
-        for each in dataclasses.fields(Settings)
-        for told in [each.metadata]
-        for shown in [told["shown"]]
-    ]
-
-
-def sections(path: Path) -> list[tuple[str, int]]:
-    """The parts of a file, as its `# ---- Title ---` lines name them, and their lines."""
-    parts, title, count = [], "Docstring, imports", 0
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if banner := re.fullmatch(r"# ---- (.+?) -+", line):
-            parts.append((title, count))
-            title, count = banner[1], 0
-        count += 1
-    return [*parts, (title, count)]
+    rows = []
+    for each in dataclasses.fields(Settings):
+        default = each.default
+        shown = ",".join(default) if isinstance(default, tuple) else str(default).removesuffix(".0")
+        shown = "https://api.openai.com/v1" if each.name == "base_url" else shown.lower()
+        what = each.metadata["what"].partition("; if unset")[0]
+        rows.append([f"`{chatstream.variable(each.name)}`", f"`{shown}`" if shown else "–", what])
+    return rows
 
 
 def as_table(rows: list[list[str]]) -> str:
@@ -2838,21 +2745,11 @@ class ReadmeTables(unittest.TestCase):
         """The settings table is the dataclass: every variable, its default, what it does."""
         self.compare(self.readme.rows("## Settings"), settings_rows())
 
-    def test_flags(self) -> None:
-        """Every flag that the README names exists."""
-        flags = re.findall(r"--[a-z-]+(?=`)", self.readme.part("## Settings"))
-        self.assertTrue(flags)
-        for flag in flags:
-            self.assertIn(flag, chatstream.argument_parser().format_help())
-
     def test_routes(self) -> None:
-        """The routes of the README, and those of the module's docstring, are the route table."""
-        server = Chatstream(Settings(base_url="http://127.0.0.1:1/v1"))
-        routes = {(method, path) for path, (method, _) in server.routes.items()}
+        """The routes of the README are the route table."""
+        routes = {(method, path) for path, (method, _) in chatstream.ROUTES.items()}
         told = [code(row[0])[0].split() for row in self.readme.rows("## Routes")]
         self.assertEqual({(method, path) for method, path in told}, routes)
-        said = re.findall(r"^ +(GET|POST) +(/\S*)", chatstream.__doc__ or "", re.MULTILINE)
-        self.assertEqual(set(said), routes)
 
     def test_errors(self) -> None:
         """The error table is ERRORS: every code, with its status."""
@@ -2860,26 +2757,6 @@ class ReadmeTables(unittest.TestCase):
         told = {each: row[0] for row in rows for each in code(row[1])}
         true = {each: str(row[0]) for each, row in chatstream.ERRORS.items()}
         self.assertEqual(told, true | {"upstream_rejected": "the upstream's"})
-
-    def test_line_counts(self) -> None:
-        """The reading order names every part of the module, and the true lines of each."""
-        rows = self.readme.rows("## Read it in this order")
-        true = [[f"{n}", f"*{title}*"] for title, n in sections(HERE / "chatstream.py")]
-        for name in ("chatstream.py", "index.html", "test_chatstream.py"):
-            count = len((HERE / name).read_text(encoding="utf-8").splitlines())
-            true.append([f"{count}", f"`{name}`"])
-        self.compare([row[:2] for row in rows], true)
-
-    def test_places(self) -> None:
-        """Every name in the README's table of lessons is one in the code."""
-        rows = self.readme.rows("## What it teaches")
-        names = [name for row in rows for name in code(row[-1])]
-        self.assertGreaterEqual(len(names), len(rows))
-        for name in names:
-            found: Any = chatstream
-            for each in name.split("."):
-                self.assertTrue(hasattr(found, each), f"there is no {name} in chatstream.py")
-                found = getattr(found, each)
 
     def test_first_lines(self) -> None:
         """Both commands, run and test, stand in the first ten lines of the README."""
@@ -2918,7 +2795,6 @@ class ReadmeTables(unittest.TestCase):
         yaml = "\n".join(self.readme.blocks("yaml"))
         found: Any = lambda pattern: re.findall(pattern, yaml)  # noqa: E731
         default = Settings(base_url="http://127.0.0.1:1/v1")
-        routes = Chatstream(default).routes
         self.assertEqual(found(r"containerPort: (\d+)"), [str(default.port)])
         self.assertEqual(sorted(found(r"httpGet: {path: (\S+),")), ["/healthz", "/readyz"])
         drains = found(r'name: CHATSTREAM_DRAIN_SECONDS, value: "(.+)"')
@@ -2928,7 +2804,7 @@ class ReadmeTables(unittest.TestCase):
         self.assertGreaterEqual(int(grace), int(asleep) + drain + 5)
         ((port, path),) = found(r"url: http://chatstream\.default\.svc\.cluster\.local:(\d+)(\S+)")
         self.assertEqual(port, str(default.port))
-        self.assertIn(path, routes)
+        self.assertIn(path, chatstream.ROUTES)
         text = chatstream.Metrics().text(0, False, 1)
         for metric in found(r"valueLocation: (\S+)") + found(r"metric: {name: (\S+)}"):
             self.assertIn(f"\n{metric} 0\n", text)
@@ -2938,20 +2814,6 @@ class ReadmeTables(unittest.TestCase):
         self.assertIn("enableServiceLinks: false", yaml)
         for promise in ("runAsNonRoot: true", "readOnlyRootFilesystem: true"):
             self.assertIn(promise, yaml)
-
-    def test_keda_trigger(self) -> None:
-        """The KEDA trigger uses fields that its documentation names (no schema has them)."""
-        (block,) = (b for b in self.readme.blocks("yaml") if "kind: ScaledObject" in b)
-        _, _, trigger = block.partition("type: metrics-api")
-        values = dict(re.findall(r"^ {8}(\w+): (\S+)", trigger, re.MULTILINE))
-        self.assertEqual(
-            set(values) - {"url", "valueLocation"},
-            {"format", "aggregateFromKubeServiceEndpoints", "aggregationType", "targetValue"},
-        )
-        self.assertEqual(values["format"], "prometheus")
-        self.assertEqual(values["aggregateFromKubeServiceEndpoints"], '"true"')  # all are strings
-        self.assertEqual(values["aggregationType"], "sum")
-        self.assertRegex(values["targetValue"], r'^"\d+"$')
 
 
 class ReadmeTranscripts(Case):
@@ -3115,31 +2977,6 @@ class Missing(unittest.TestCase):
         self.assertIn(done.returncode, (1, 2), done.stderr)
         self.assertEqual((done.stdout, len(done.stderr.splitlines())), ("", 1), done.stderr)
         return done.stderr
-
-    def test_old_python(self) -> None:
-        """A Python that is too old is told so, and which one is needed."""
-        for name in ("python3.10", "python3.9", "python3.8"):
-            found = shutil.which(name)
-            if found and not subprocess.call([found, "-V"], **QUIET):
-                self.assertIn("needs Python 3.11 or newer; this is 3.", self.start(found))
-                return
-        self.skipTest("missing: python3.10, python3.9 or python3.8 on PATH")
-
-    def test_no_aiohttp(self) -> None:
-        """Without aiohttp, the line has the command that installs it."""
-        self.assertIn("pip install 'aiohttp", self.start(sys.executable, "-I", "-S"))
-
-    def test_old_aiohttp(self) -> None:
-        """An aiohttp that is too old is named with its version, and the command that helps."""
-        with tempfile.TemporaryDirectory() as folder:
-            package = Path(folder, "aiohttp")
-            package.mkdir()
-            (package / "__init__.py").write_text('__version__ = "3.14.1"\n')
-            for name in ("web", "abc"):
-                (package / f"{name}.py").write_text("def __getattr__(name): return object\n")
-            said = self.start(sys.executable, PYTHONPATH=folder)
-        self.assertIn("pip install 'aiohttp", said)
-        self.assertIn("3.14.1", said)
 
     def test_no_page(self) -> None:
         """A module copied without its page says that index.html belongs beside it."""
