@@ -41,6 +41,7 @@ from bisect import bisect_left
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import Field, dataclass, field, fields, replace
+from itertools import accumulate
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, NoReturn, TextIO
@@ -148,12 +149,16 @@ class Relay:
     It is over when `done`, the answer being whole, or when there is a `failure`; what came
     before the failure has then been given out."""
 
-    parser: EventParser
+    limit: int  # of an event's bytes
     heard: int = 0  # events that came, those dropped too
     events: int = 0  # chunks given out
     finished: bool = False  # a `finish_reason` came: the end may follow without [DONE]
     done: bool = False
     failure: Failure | None = None
+    parser: EventParser = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parser = EventParser(self.limit)
 
     def feed(self, piece: bytes) -> bytes:
         """What goes out now that this piece has come: each event as b"data: PAYLOAD\\n\\n"."""
@@ -306,7 +311,9 @@ async def chat(server: Chatstream, stream: Stream) -> web.StreamResponse | None:
     """Check the request; ask the upstream; relay what it says; let it go, come what may.
 
     Raises Failure, and CancelledError when the client has left or after `Stream.stop`."""
-    server.admit(stream)
+    if len(server.streams) >= server.max_streams:
+        raise Failure("too_many_streams")
+    server.streams.add(stream)  # before its body, which takes memory
     body = check_chat(await read_body(stream.request, server.settings), server.settings.model)
     stream.active = True
     stream.watcher = asyncio.create_task(watch(stream, server.settings))
@@ -372,7 +379,10 @@ async def watch(stream: Stream, settings: Settings) -> None:
 
 async def handle(server: Chatstream, request: web.BaseRequest) -> web.StreamResponse:
     """Every request comes and ends here: the one place where a failure becomes an answer."""
-    stream = server.begin(request)
+    wanted, relay = request.headers.get("X-Request-Id", ""), Relay(server.settings.max_event_bytes)
+    stream_id = wanted if re.fullmatch(r"[\w.-]{1,128}", wanted, re.ASCII) else os.urandom(12).hex()
+    stream = Stream(request, relay, stream_id, time.monotonic())
+    server.requests.add(stream)
     response: web.StreamResponse | None = None
     try:
         response = await server.route(request)(server, stream)
@@ -453,17 +463,16 @@ class Failure(Exception):
     """Why a request has no complete answer: a code of ERRORS, and what departs from its row
     (status, outcome, type, code, param, headers). `cause` is for the log alone."""
 
+    param: str | None = None
+    type = ""
+    headers: dict[str, str] = {}  # noqa: RUF012 - never changed
+
     def __init__(self, code: str, message: str = "", /, cause: str = "", **departs: Any) -> None:
         super().__init__(code)
-        status, outcome, told = ERRORS[code]
-        self.status: int = departs.get("status", status)
-        self.outcome: str = departs.get("outcome", outcome)
-        self.message, self.cause = message or told, cause
-        self.type = departs.get("type") or TYPES.get(self.status, "invalid_request_error")
-        self.code: str = departs.get("code") or code
-        self.param: str | None = departs.get("param")
-        retry = {"Retry-After": "1"} if self.status == 503 else {}
-        self.headers: dict[str, str] = departs.get("headers", retry)
+        self.status, self.outcome, told = ERRORS[code]
+        self.code, self.message, self.cause = code, message or told, cause
+        vars(self).update({name: value for name, value in departs.items() if value})
+        self.type = self.type or TYPES.get(self.status, "invalid_request_error")
 
     def body(self, request_id: str, secrets: list[str]) -> bytes:
         """`{"error": {"message": "…", "type": "…", "param": null, "code": "…", …}}`, in which
@@ -507,11 +516,11 @@ def reported(body: bytes, code: str, **departs: Any) -> Failure:
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
-def refuse_constant(name: str) -> NoReturn:
+def refuse(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON")  # NaN, Infinity: Python reads them, RFC 8259 does not
 
 
-decode_json = json.JSONDecoder(parse_constant=refuse_constant).raw_decode
+decode_json = json.JSONDecoder(parse_constant=refuse).raw_decode
 encode_json = json.JSONEncoder(allow_nan=False).encode
 
 
@@ -532,16 +541,23 @@ def parse_object(data: bytes) -> Chat:
     return value
 
 
-def check_message(message: Any, where: str) -> None:
-    """Raises Failure for what is no chat message; never quotes it."""
-    if not isinstance(message, dict):
-        raise Failure("invalid_messages", f"{where} must be an object.")
-    if message.get("role") not in ROLES:
-        raise Failure("invalid_messages", f"{where}.role must be one of {', '.join(ROLES)}.")
-    content = message.get("content")
-    parts = isinstance(content, list) and all(isinstance(part, dict) for part in content)
-    if not (content is None or isinstance(content, str) or parts):
-        raise Failure("invalid_messages", f"{where}.content must be text, parts or null.")
+def check_messages(messages: Any) -> None:
+    """Raises Failure for what are no chat messages; never quotes them."""
+    if not isinstance(messages, list) or not messages:
+        raise Failure("invalid_messages")
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise Failure("invalid_messages", f"messages[{index}] must be an object.")
+        if message.get("role") not in ROLES:
+            told = f"messages[{index}].role must be one of {', '.join(ROLES)}."
+            raise Failure("invalid_messages", told)
+        content = message.get("content")
+        parts = content if isinstance(content, list) else []
+        if not isinstance(content, str | list | None) or not all(
+            isinstance(x, dict) for x in parts
+        ):
+            told = f"messages[{index}].content must be text, parts or null."
+            raise Failure("invalid_messages", told)
 
 
 def choose_model(asked: Any, allowed: tuple[str, ...]) -> str:
@@ -565,11 +581,7 @@ def check_chat(data: bytes, allowed: tuple[str, ...]) -> bytes:
             raise Failure("invalid_request")
         if chat.get("stream") not in (None, True):
             raise Failure("stream_required")
-        messages = chat.get("messages")
-        if not isinstance(messages, list) or not messages:
-            raise Failure("invalid_messages")
-        for index, message in enumerate(messages):
-            check_message(message, f"messages[{index}]")
+        check_messages(chat.get("messages"))
         chat |= {"stream": True, "model": choose_model(chat.get("model"), allowed)}
         return encode_json(chat).encode()
     except (ValueError, RecursionError):  # no UTF-8, no JSON, 1e999, nested 100,000 deep
@@ -652,20 +664,20 @@ class Upstream:
         self.settings = settings
         self.url = settings.base_url or OPENAI_URL
         self.proxy = environment_proxy(self.url)
-        key = {"Authorization": f"Bearer {settings.api_key}"} if settings.api_key else {}
+        headers = {
+            "Accept": "text/event-stream",
+            "Accept-Encoding": "identity",  # a compressed stream comes in bursts
+            "Content-Type": "application/json",
+        }
+        if settings.api_key:
+            headers["Authorization"] = f"Bearer {settings.api_key}"
         self.session = aiohttp.ClientSession(
             # By default the 101st stream waits. Many servers close an idle connection after
             # 5 s, and aiohttp sends no POST twice: so we must be the first to close it.
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=4),
             timeout=aiohttp.ClientTimeout(total=None, connect=settings.connect_seconds),
             cookie_jar=aiohttp.DummyCookieJar(),  # else one person's cookie goes to the next
-            headers={
-                "Accept": "text/event-stream",
-                "Accept-Encoding": "identity",  # a compressed stream comes in bursts
-                "Content-Type": "application/json",
-                "User-Agent": "chatstream",
-            }
-            | key,
+            headers=headers,
             response_class=UpstreamAnswer,
         )
 
@@ -702,11 +714,10 @@ class Upstream:
             return Failure("upstream_auth", cause=f"{cause}: is OPENAI_API_KEY right?")
         if not 400 <= status < 500:
             return Failure("upstream_error", cause=cause)
-        kept = {
-            name: value
-            for name, value in answer.headers.items()
-            if re.match("retry-after$|x-ratelimit-", name.lower()) and value.isascii()
-        }
+        kept = {}
+        for name, value in answer.headers.items():
+            if re.match("retry-after$|x-ratelimit-", name.lower()) and value.isascii():
+                kept[name] = value
         body = b""
         with suppress(TimeoutError, *BROKEN):  # its body is worth a moment, no more
             async with asyncio.timeout(2):
@@ -868,12 +879,11 @@ class Histogram:
         self.counts[bisect_left(BUCKETS, value)] += 1
         self.sum += value
 
-    def samples(self) -> Iterator[tuple[str, float]]:
-        below = 0
-        for bound, count in zip([*BUCKETS, "+Inf"], self.counts, strict=True):
-            below += count
-            yield f'_bucket{{le="{bound}"}}', below
-        yield from (("_sum", self.sum), ("_count", below))
+    def samples(self) -> list[tuple[str, float]]:
+        below = list(accumulate(self.counts))
+        bounds = zip([*BUCKETS, "+Inf"], below, strict=True)
+        buckets = [(f'_bucket{{le="{bound}"}}', float(count)) for bound, count in bounds]
+        return [*buckets, ("_sum", self.sum), ("_count", below[-1])]
 
 
 class Metrics:
@@ -1069,10 +1079,9 @@ def server_tls(settings: Settings) -> ssl.SSLContext | None:
     try:
         context.load_cert_chain(settings.tls_cert, settings.tls_key, password="")
     except OSError as error:
-        raise BadSetting(
-            f"CHATSTREAM_TLS_CERT={settings.tls_cert!r} CHATSTREAM_TLS_KEY={settings.tls_key!r} "
-            f"must be PEM files that belong together, without a password ({error})"
-        ) from None
+        names = f"CHATSTREAM_TLS_CERT={settings.tls_cert!r} CHATSTREAM_TLS_KEY={settings.tls_key!r}"
+        told = "must be PEM files that belong together, without a password"
+        raise BadSetting(f"{names} {told} ({error})") from None
     return context
 
 
@@ -1118,14 +1127,6 @@ class Chatstream:
         self.streams: set[Stream] = set()  # of those, the ones that count as streams
         self.draining = False
 
-    def begin(self, request: web.BaseRequest) -> Stream:
-        wanted = request.headers.get("X-Request-Id", "")
-        sane = re.fullmatch(r"[A-Za-z0-9._-]{1,128}", wanted)
-        relay = Relay(EventParser(self.settings.max_event_bytes))
-        stream = Stream(request, relay, wanted if sane else os.urandom(12).hex(), time.monotonic())
-        self.requests.add(stream)
-        return stream
-
     def route(self, request: web.BaseRequest) -> Handler:
         """Who gets in, and where to. Raises Failure."""
         path = request.path
@@ -1146,12 +1147,6 @@ class Chatstream:
             check_token(request, self.settings.token)
         return handler
 
-    def admit(self, stream: Stream) -> None:
-        """A place for a stream, from the end of its head on: its body may take memory."""
-        if len(self.streams) >= self.max_streams:
-            raise Failure("too_many_streams")
-        self.streams.add(stream)
-
     def settle(self, stream: Stream) -> None:
         """A request has ended: counts it, in one outcome, and writes its line in the log."""
         if stream.watcher:
@@ -1171,10 +1166,11 @@ class Chatstream:
             self.metrics.first_chunk.observe(first)
         if stream.outcome != "rejected":
             self.metrics.duration.observe(total)
-        log(
-            f"id={stream.id} outcome={stream.outcome} status={stream.status or '-'} "
-            f"events={stream.relay.events} first={f'{first:.3f}s' if first else '-'} total={total:.3f}s{cause}"
+        counted = (
+            f"events={stream.relay.events} first={first:.3f}s" if first else "events=0 first=-"
         )
+        what = f"outcome={stream.outcome} status={stream.status or '-'} {counted}"
+        log(f"id={stream.id} {what} total={total:.3f}s{cause}")
 
     async def start(self) -> str:
         """Listens; returns the address. Raises BadSetting where it cannot."""
@@ -1234,13 +1230,12 @@ DEMO_MODELS = ("demo", "demo-slow-start", "demo-cut-off", "demo-error", "demo-ra
 DEMO_ANSWER = """\
 # Hello from the demo
 
-This is **not a model**. It is a small upstream inside `chatstream.py` that answers word by
-word, as a model does, so that there is something to watch. You asked:
+This is **not a model**, but a small upstream inside `chatstream.py` that answers word by word,
+as a model does. You asked:
 
 > {question}
 
-To leave the demo, set `OPENAI_API_KEY` for OpenAI, or `OPENAI_BASE_URL` for any compatible
-server, such as Ollama:
+To leave the demo, set `OPENAI_API_KEY` for OpenAI, or the address of any compatible server:
 
 ```sh
 OPENAI_BASE_URL=http://localhost:11434/v1 OPENAI_MODEL=llama3.2 python chatstream.py
@@ -1252,8 +1247,6 @@ OPENAI_BASE_URL=http://localhost:11434/v1 OPENAI_MODEL=llama3.2 python chatstrea
 | `demo-cut-off` | an answer that breaks off |
 | `demo-error` | an error half-way |
 | `demo-rate-limit` | 429 with `Retry-After` |
-
-Open *Wire* to see each line as it arrives.
 """
 
 
@@ -1319,15 +1312,13 @@ async def with_demo(settings: Settings) -> AsyncIterator[Settings]:
 # ---- Start and stop ----------------------------------------------------------------------
 
 
-def start_line(address: str, settings: Settings) -> str:
-    demo = settings.model == DEMO_MODELS
-    upstream = "the demo; OPENAI_API_KEY or OPENAI_BASE_URL leaves it" if demo else ""
-    return (
-        f"chatstream listens on {address}\n"
-        f"  upstream: {upstream or settings.base_url or OPENAI_URL}\n"
-        f"  models:   {', '.join(settings.model)}\n"
-        "  to stop:  Ctrl+C\n"
-    )
+def start_lines(address: str, settings: Settings) -> str:
+    upstream = settings.base_url or OPENAI_URL
+    if settings.model == DEMO_MODELS:
+        upstream = "the demo; OPENAI_API_KEY or OPENAI_BASE_URL leaves it"
+    models = ", ".join(settings.model)
+    told = f"  upstream: {upstream}\n  models:   {models}\n  to stop:  Ctrl+C\n"
+    return f"chatstream listens on {address}\n{told}"
 
 
 async def serve(chosen: Settings) -> None:
@@ -1345,7 +1336,7 @@ async def serve(chosen: Settings) -> None:
         server = Chatstream(settings)
         address = await server.start()
         try:
-            sys.stdout.write(start_line(address, settings))
+            sys.stdout.write(start_lines(address, settings))
             await stopping.wait()
             sys.stdout.write(f"draining for up to {settings.drain_seconds:g} s; Ctrl+C ends it\n")
         finally:
