@@ -417,6 +417,8 @@ async def fail(server: Chatstream, stream: Stream, failure: Failure) -> web.Stre
     if stream.response is None:
         stream.status = failure.status
         headers = {"Content-Type": "application/json"} | failure.headers
+        if failure.status == 503:
+            headers["Retry-After"] = "1"
         return web.Response(status=failure.status, body=body, headers=headers)
     with suppress(ConnectionError):
         await stream.end(b"data: %b\n\n" % body)
@@ -882,7 +884,7 @@ class Histogram:
     def samples(self) -> list[tuple[str, float]]:
         below = list(accumulate(self.counts))
         bounds = zip([*BUCKETS, "+Inf"], below, strict=True)
-        buckets = [(f'_bucket{{le="{bound}"}}', float(count)) for bound, count in bounds]
+        buckets: list[tuple[str, float]] = [(f'_bucket{{le="{each}"}}', n) for each, n in bounds]
         return [*buckets, ("_sum", self.sum), ("_count", below[-1])]
 
 
