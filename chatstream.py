@@ -253,11 +253,14 @@ class Stream:
     outcome: str = "client_gone"  # unless somebody says otherwise
     cause: str = ""
 
-    async def open(self) -> web.StreamResponse:
-        """The point of no return: from here on the status is 200."""
+    async def open(self, whole: bytes | None = None) -> web.StreamResponse:
+        """The point of no return: from here on the status is 200. With a `whole` answer, head
+        and body leave in one packet."""
         if self.response is None:
-            self.status = 200
-            self.response = web.StreamResponse(headers=STREAM_HEADERS | {"X-Request-Id": self.id})
+            self.status, headers = 200, STREAM_HEADERS | {"X-Request-Id": self.id}
+            self.response = web.StreamResponse(headers=headers)
+            if whole is not None:
+                self.response = web.Response(body=whole, headers=headers)
             if self.request.version < (1, 1):
                 self.response.force_close()  # without chunks only that ends a body
             await self.response.prepare(self.request)
@@ -276,8 +279,11 @@ class Stream:
         """The last bytes. Returns when the client has taken them all, so that the limits, the
         gauge and the drain know of the stream until then."""
         self.ending = True  # no heartbeat may follow
-        response = await self.open()
         self.written += len(last)
+        if self.response:
+            response = self.response
+        else:
+            response, last = await self.open(last), b""
         if transport := self.request.transport:
             transport.set_write_buffer_limits(0)  # write_eof() waits until it holds no more
             await response.write_eof(last)
@@ -314,9 +320,9 @@ async def chat(server: Chatstream, stream: Stream) -> web.StreamResponse | None:
     if len(server.streams) >= server.max_streams:
         raise Failure("too_many_streams")
     server.streams.add(stream)  # before its body, which takes memory
+    stream.watcher = asyncio.create_task(watch(stream, server.settings))
     body = check_chat(await read_body(stream.request, server.settings), server.settings.model)
     stream.active = True
-    stream.watcher = asyncio.create_task(watch(stream, server.settings))
     try:
         answer = await server.upstream.ask(stream, body)
         del body  # a long conversation need not stay in memory while its answer streams
@@ -367,7 +373,11 @@ async def watch(stream: Stream, settings: Settings) -> None:
         if stream.relay.events > sent or waiting:
             sent, sent_at = stream.relay.events, now
         is_refusal = stream.answer and not stream.answer.ok  # its status is ours to tell
-        if now - taken_at >= settings.write_seconds:
+        if not stream.active:
+            heard_at = sent_at = now
+            if now - stream.started >= settings.write_seconds:
+                stream.stop(Failure("request_timeout"))
+        elif now - taken_at >= settings.write_seconds:
             stream.drop_client()
         elif now - heard_at >= settings.idle_seconds:
             stream.stop(Failure("upstream_timeout", cause="no event in CHATSTREAM_IDLE_SECONDS"))
@@ -591,7 +601,7 @@ def check_chat(data: bytes, allowed: tuple[str, ...]) -> bytes:
 
 
 async def read_body(request: web.BaseRequest, settings: Settings) -> bytes:
-    """The request's body. Raises Failure."""
+    """The request's body. Raises Failure; how long it may take, `watch` knows."""
     if (request.content_length or 0) > settings.max_body_bytes:
         raise Failure("body_too_large")
     waits = request.headers.get("Expect", "").lower() == "100-continue"
@@ -599,13 +609,10 @@ async def read_body(request: web.BaseRequest, settings: Settings) -> bytes:
         request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")  # aiohttp's server does not
     body = bytearray()
     try:
-        async with asyncio.timeout(settings.write_seconds):
-            async for piece in request.content.iter_any():
-                body += piece
-                if len(body) > settings.max_body_bytes:
-                    raise Failure("body_too_large")
-    except TimeoutError:
-        raise Failure("request_timeout") from None
+        while piece := await request.content.readany():
+            body += piece
+            if len(body) > settings.max_body_bytes:
+                raise Failure("body_too_large")
     except (web.RequestPayloadError, aiohttp.http_exceptions.HttpProcessingError):
         raise Failure("invalid_request", "The request body's encoding is broken.") from None
     return bytes(body)

@@ -9,13 +9,17 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import difflib
+import errno
+import gc
 import importlib.util
+import io
 import itertools
 import json
 import logging
 import os
 import random
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -26,6 +30,7 @@ import sys
 import tempfile
 import time
 import unittest
+import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import (
     AbstractAsyncContextManager,
@@ -1887,6 +1892,267 @@ class Drain(Case):
         async with running(["-c", code], {}) as run:
             self.assertEqual(await run.end(signal.SIGINT), 0)
             self.assertNotIn("Traceback", run.err)
+
+
+# ---- What a hard look found --------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+class HardLook(Case):
+    """Nothing hangs on stdout, on file limits or on a broken peer."""
+
+    @asynccontextmanager
+    async def shell(self, line: str, up: Upstream, **environment: str) -> AsyncIterator[Program]:
+        """A shell that runs this line, PROGRAM in it being chatstream on a port of our choice."""
+        port = free_port()
+        env = clean_environment(OPENAI_BASE_URL=up.url, CHATSTREAM_PORT=str(port), **environment)
+        line = line.replace("PROGRAM", f"exec {shlex.quote(sys.executable)} chatstream.py")
+        process = await asyncio.create_subprocess_shell(
+            line, cwd=HERE, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        run = Program(process, io.BytesIO())
+        run.url = f"http://127.0.0.1:{port}"
+        try:
+            async with asyncio.timeout(PATIENCE):
+                while True:
+                    with suppress(aiohttp.ClientError):
+                        await (await self.client.get(run.url + "/healthz")).read()
+                        break
+                    await asyncio.sleep(0.02)
+            yield run
+        finally:
+            with suppress(ProcessLookupError):
+                process.kill()
+            await process.communicate()
+
+    async def test_broken_outputs(self) -> None:
+        """Whatever becomes of stdout and stderr, a shutdown still waits for its streams."""
+        go = asyncio.Event()
+
+        async def reply(call: Call) -> None:
+            await call.start()
+            await call.send(delta(content="Once"))
+            await go.wait()
+            await call.send(TAIL)
+
+        for redirect in (">/dev/full 2>/dev/full", "1>&- 2>&-", "2>&-"):
+            go.clear()
+            async with upstream(reply) as up:
+                env = {"PYTHONIOENCODING": "ascii", "OPENAI_MODEL": "模型"}
+                async with self.shell(f"PROGRAM {redirect}", up, **env) as run:
+                    async with self.post(run.url) as response:
+                        await response.content.readany()
+                        run.process.send_signal(signal.SIGTERM)
+                        await asyncio.sleep(0.1)
+                        go.set()
+                        self.assertTrue((await response.read()).endswith(DONE), redirect)
+                    out, _ = await asyncio.wait_for(run.process.communicate(), PATIENCE)
+                    self.assertEqual(run.process.returncode, 0, redirect)
+                    self.assertNotIn(b"outcome=", out, "log lines are no output")
+
+    async def test_outputs_that_nobody_reads(self) -> None:
+        """A pipe whose reader has gone or sleeps: lines are dropped, and it drains all the same."""
+        async with upstream(says("Hi")) as up:
+            async with self.shell("PROGRAM", up) as run:
+                assert run.process.stdout and run.process.stderr
+                transport: Any = run.process
+                transport._transport.get_pipe_transport(1).close()  # as `| head -1` does
+                transport._transport.get_pipe_transport(2).pause_reading()
+                for _ in range(40):  # 64 KB fill a pipe
+                    long_id = "x" * 128
+                    asks = (self.ask(run.url, b"{", X_Request_Id=long_id) for _ in range(20))
+                    await asyncio.gather(*asks)
+                self.assertEqual((await self.ask(run.url)).payloads[-1], b"[DONE]")
+                run.process.send_signal(signal.SIGTERM)
+                await self.eventually(lambda: not is_running(run.process.pid))
+
+    async def test_open_files(self) -> None:
+        """With few open files fewer streams are admitted, one line says so, and those that are
+        run; asyncio does not fill the log."""
+        async with upstream(stalls) as up:
+            async with self.shell("ulimit -n 104; PROGRAM", up) as run:
+                metrics = await self.metrics(run.url)
+                self.assertEqual(metrics["chatstream_max_streams"], 20)
+                connector = aiohttp.TCPConnector(limit=0)
+                async with aiohttp.ClientSession(connector=connector) as client:
+                    asks = [client.post(run.url + "/stream", json=HELLO) for _ in range(30)]
+                    answers = await asyncio.gather(*asks)
+                    statuses = sorted(answer.status for answer in answers)
+                    self.assertEqual(statuses, [200] * 20 + [503] * 10)
+                    for answer in answers:
+                        answer.close()
+                run.process.send_signal(signal.SIGTERM)
+                _, log = await asyncio.wait_for(run.process.communicate(), PATIENCE)
+        self.assertIn(b"104 open files allow 20 streams; 1000 need ulimit -n 2064", log)
+        self.assertNotIn(b"Traceback", log)
+
+    async def test_no_files_for_the_upstream(self) -> None:
+        """It is not the model server's fault, and not counted as such."""
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        async with upstream(stalls) as up, serving(up) as url:
+            await self.metrics(url)  # this connection stays
+            taken = [socket.socket() for _ in range(2)]
+            soft = max(each.fileno() for each in taken) + 2  # one for us to be accepted
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, limits[1]))
+            try:
+                answer = await self.ask(url)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+                for each in taken:
+                    each.close()
+            self.assertEqual((answer.status, answer.error["code"]), (503, "too_many_streams"))
+            metrics = await self.metrics(url)
+            self.assertEqual(metrics['chatstream_streams_total{outcome="rejected"}'], 1)
+
+    def test_quiet(self) -> None:
+        """Of a connection without an open file asyncio tells once a second at the most."""
+        quiet, made = chatstream.Quiet(), logging.makeLogRecord
+        info = (OSError, OSError(errno.EMFILE, "x"), None)
+        told = [quiet(made({"exc_info": info, "created": t})) for t in (5.0, 5.1, 5.9, 7.0)]
+        self.assertEqual(told, [True, False, False, True])
+        self.assertTrue(quiet(made({"created": 7.1})))
+
+    async def test_http_1_0(self) -> None:
+        """A client of HTTP/1.0 gets an answer that ends with the connection, whatever it asks."""
+        body = json.dumps(HELLO).encode()
+        head = b"POST /stream HTTP/1.0\r\nHost: localhost\r\nConnection: keep-alive\r\n"
+        head += b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+        paced = sends(framed(HELLO_CHUNK), TAIL)
+        async with upstream(paced) as up, serving(up) as url:
+            for data in (head + body, b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n"):
+                reader, writer = await asyncio.open_connection("127.0.0.1", urlsplit(url).port)
+                writer.write(data)
+                answer = await asyncio.wait_for(reader.read(), PATIENCE)
+                self.assertIn(b"200 OK", answer)
+                writer.close()
+
+    async def test_models_in_flight(self) -> None:
+        """A shutdown waits for a list of models that is being asked for."""
+        go = asyncio.Event()
+
+        async def reply(call: Call) -> None:
+            await go.wait()
+            await fails(200, b'{"data":[{"id":"a"}]}')(call)
+
+        async with upstream(reply) as up:
+            async with program(OPENAI_BASE_URL=up.url, OPENAI_MODEL="*") as run:
+                listing = asyncio.ensure_future(self.client.get(run.url + "/v1/models"))
+                await self.eventually(lambda: up.calls)
+                run.process.send_signal(signal.SIGTERM)
+                await asyncio.sleep(0.1)
+                go.set()
+                response = await listing
+                self.assertEqual((await response.json())["data"][0]["id"], "a")
+                self.assertEqual(await run.end(), 0)
+        self.assertNotIn("Traceback", run.err)
+
+    async def test_bodies_that_never_arrive(self) -> None:
+        """They count against the limit of streams, but not as active ones."""
+        head = b"POST /stream HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        head += b"Content-Length: 10\r\n\r\n{"
+        async with serving(base_url="http://127.0.0.1:1/v1", max_streams=2) as url:
+            writers = []
+            for _ in range(2):
+                _, writer = await asyncio.open_connection("127.0.0.1", urlsplit(url).port)
+                writer.write(head)
+                writers.append(writer)
+            await asyncio.sleep(0.1)
+            self.assertEqual((await self.ask(url)).error["code"], "too_many_streams")
+            self.assertEqual((await self.metrics(url))["chatstream_active_streams"], 0)
+            for writer in writers:
+                writer.close()
+
+    async def test_messages_for_people(self) -> None:
+        """Key, token and the upstream's own host:port are blotted out, and nothing else is."""
+        rows = {
+            "retry in 10.24 seconds": "retry in 10.24 seconds",
+            "no model at /v1/chat/completions": "no model at /v1/chat/completions",
+            "see HOST": "see ***",
+            "key key-12345 and x": "key *** and x",
+        }
+        for said, told in rows.items():
+            async with upstream(silent) as up:
+                message = said.replace("HOST", urlsplit(up.url).netloc)
+                up.reply = fails(400, json.dumps({"error": {"message": message}}).encode())
+                async with serving(up, api_key="key-12345", token="x") as url:
+                    answer = await self.ask(url, Authorization="Bearer x")
+                self.assertEqual(answer.error["message"], told)
+        detail = b'{"detail":[{"loc":["body"],"msg":"Field required"}]}'
+        answer = await self.ask_through(fails(422, detail))
+        self.assertEqual(answer.error["message"], "Field required")
+
+    async def test_refusal_whose_body_stalls(self) -> None:
+        """It is told with its status and headers, soon, and no heartbeat makes it a 200."""
+
+        async def reply(call: Call) -> None:
+            await call.start(429, "application/json", retry_after="7")
+            await call.send(b"{")
+            await call.gone.wait()
+
+        answer = await self.ask_through(reply, heartbeat_seconds=0.1)
+        self.assertEqual((answer.status, answer.headers["Retry-After"]), (429, "7"))
+        self.assertEqual(answer.error["message"], "The model server refused the request.")
+
+    def test_loopback_has_no_proxy(self) -> None:
+        """Whatever no_proxy says, what is asked of a model on this machine stays on it."""
+        with mock_environment(http_proxy="http://127.0.0.1:9", no_proxy="example.com"):
+            for host in ("localhost:1", "127.0.0.9", "[::1]:8", "example.com"):
+                self.assertIsNone(chatstream.environment_proxy(f"http://{host}/v1"))
+            proxy = chatstream.environment_proxy("http://elsewhere.example/v1")
+            self.assertEqual(proxy, "http://127.0.0.1:9")
+
+    async def test_where_the_page_lies(self) -> None:
+        """Started through a link it finds its page; a page that is no UTF-8 is one line."""
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "link.py").symlink_to(HERE / "chatstream.py")
+            async with running([str(Path(folder, "link.py"))], {}) as run:
+                self.assertEqual(await run.end(signal.SIGTERM), 0)
+            shutil.copy(HERE / "chatstream.py", folder)
+            Path(folder, "index.html").write_bytes(b"\xff")
+            async with running([str(Path(folder, "chatstream.py"))], {}) as run:
+                self.assertEqual(await run.end(), 2)
+            self.assertEqual(len(run.err.splitlines()), 1, run.err)
+
+    async def test_off_the_main_thread(self) -> None:
+        """There are no signals to be had there: it fails at once, and leaves nothing open."""
+        settings = Settings(port=0)
+        with self.assertRaises(ValueError), warnings.catch_warnings():
+            warnings.simplefilter("error", ResourceWarning)
+            await asyncio.to_thread(asyncio.run, chatstream.serve(settings))
+            gc.collect()
+
+    async def test_long_integers(self) -> None:
+        """Python reads no integer above 4,300 digits: refused, in words that are true."""
+        digits = b"1" * 5000
+        async with upstream(sends(framed(b'{"choices":[],"n":%b}' % digits))) as up:
+            async with serving(up) as url:
+                answer = await self.ask(url, b'{"messages":[{"role":"user"}],"n":%b}' % digits)
+                self.assertEqual(answer.error["code"], "invalid_json")
+                self.assertIn("integers to 4,300 digits", answer.error["message"])
+                self.assertEqual((await self.ask(url)).error["code"], "upstream_invalid")
+
+    async def test_our_own_fault(self) -> None:
+        """A bug of ours is a 500, counted `failed`, and no fault of the client's."""
+        async with upstream(says("Hi")) as up, serving(up) as url:
+            check, chatstream.check_chat = chatstream.check_chat, None  # type: ignore[assignment]
+            try:
+                with self.assertLogs("chatstream", "ERROR"):
+                    answer = await self.ask(url)
+            finally:
+                chatstream.check_chat = check
+            self.assertEqual((answer.status, answer.error["code"]), (500, "internal_error"))
+            metrics = await self.metrics(url)
+            self.assertEqual(metrics['chatstream_streams_total{outcome="failed"}'], 1)
+
+
+def is_running(pid: int) -> bool:
+    return not Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].startswith(" Z")
 
 
 # ---- A browser ---------------------------------------------------------------------------
