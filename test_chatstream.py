@@ -19,7 +19,6 @@ import logging
 import os
 import random
 import re
-import resource
 import shlex
 import shutil
 import signal
@@ -1908,13 +1907,21 @@ class HardLook(Case):
     """Nothing hangs on stdout, on file limits or on a broken peer."""
 
     @asynccontextmanager
-    async def shell(self, line: str, up: Upstream, **environment: str) -> AsyncIterator[Program]:
+    async def shell(
+        self,
+        line: str,
+        up: Upstream,
+        stdout: int = subprocess.PIPE,
+        stderr: int = subprocess.PIPE,
+        /,
+        **environment: str,
+    ) -> AsyncIterator[Program]:
         """A shell that runs this line, PROGRAM in it being chatstream on a port of our choice."""
         port = free_port()
         env = clean_environment(OPENAI_BASE_URL=up.url, CHATSTREAM_PORT=str(port), **environment)
         line = line.replace("PROGRAM", f"exec {shlex.quote(sys.executable)} chatstream.py")
         process = await asyncio.create_subprocess_shell(
-            line, cwd=HERE, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            line, cwd=HERE, env=env, stdout=stdout, stderr=stderr
         )
         run = Program(process, io.BytesIO())
         run.url = f"http://127.0.0.1:{port}"
@@ -1958,19 +1965,19 @@ class HardLook(Case):
 
     async def test_outputs_that_nobody_reads(self) -> None:
         """A pipe whose reader has gone or sleeps: lines are dropped, and it drains all the same."""
+        gone, stdout = os.pipe()
+        os.close(gone)  # as `| head -1` does
+        asleep, stderr = os.pipe()
         async with upstream(says("Hi")) as up:
-            async with self.shell("PROGRAM", up) as run:
-                assert run.process.stdout and run.process.stderr
-                transport: Any = run.process
-                transport._transport.get_pipe_transport(1).close()  # as `| head -1` does
-                transport._transport.get_pipe_transport(2).pause_reading()
-                for _ in range(40):  # 64 KB fill a pipe
-                    long_id = "x" * 128
-                    asks = (self.ask(run.url, b"{", X_Request_Id=long_id) for _ in range(20))
+            async with self.shell("PROGRAM", up, stdout, stderr) as run:
+                for _ in range(30):  # 64 KB fill a pipe
+                    asks = (self.ask(run.url, b"{", X_Request_Id="x" * 128) for _ in range(20))
                     await asyncio.gather(*asks)
                 self.assertEqual((await self.ask(run.url)).payloads[-1], b"[DONE]")
                 run.process.send_signal(signal.SIGTERM)
-                await self.eventually(lambda: not is_running(run.process.pid))
+                self.assertEqual(await asyncio.wait_for(run.process.wait(), PATIENCE), 0)
+        for each in (stdout, asleep, stderr):
+            os.close(each)
 
     async def test_open_files(self) -> None:
         """With few open files fewer streams are admitted, one line says so, and those that are
@@ -1993,22 +2000,24 @@ class HardLook(Case):
         self.assertNotIn(b"Traceback", log)
 
     async def test_no_files_for_the_upstream(self) -> None:
-        """It is not the model server's fault, and not counted as such."""
-        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-        async with upstream(stalls) as up, serving(up) as url:
-            await self.metrics(url)  # this connection stays
-            taken = [socket.socket() for _ in range(2)]
-            soft = max(each.fileno() for each in taken) + 2  # one for us to be accepted
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, limits[1]))
-            try:
-                answer = await self.ask(url)
-            finally:
-                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-                for each in taken:
+        """It is not the model server's fault, and not told or counted as such."""
+        async with upstream(says("Hi")) as up:
+            async with self.shell("ulimit -n 72; PROGRAM", up) as run:
+                address = ("127.0.0.1", urlsplit(run.url).port or 0)
+                others = []
+                while len(os.listdir(f"/proc/{run.process.pid}/fd")) < 72:
+                    others.append(socket.create_connection(address))
+                    await asyncio.sleep(0.005)
+                answer = await self.ask(run.url)  # on the connection that is open
+                self.assertEqual((answer.status, answer.error["code"]), (503, "too_many_streams"))
+                for each in others:
                     each.close()
-            self.assertEqual((answer.status, answer.error["code"]), (503, "too_many_streams"))
-            metrics = await self.metrics(url)
-            self.assertEqual(metrics['chatstream_streams_total{outcome="rejected"}'], 1)
+                await asyncio.sleep(1.2)  # asyncio pauses its accepting for a second
+                metrics = await self.metrics(run.url)
+                self.assertEqual(metrics['chatstream_streams_total{outcome="rejected"}'], 1)
+                run.process.send_signal(signal.SIGTERM)
+                _, log = await asyncio.wait_for(run.process.communicate(), PATIENCE)
+        self.assertLess(log.count(b"out of system resource"), 4)
 
     def test_quiet(self) -> None:
         """Of a connection without an open file asyncio tells once a second at the most."""
@@ -2149,10 +2158,6 @@ class HardLook(Case):
             self.assertEqual((answer.status, answer.error["code"]), (500, "internal_error"))
             metrics = await self.metrics(url)
             self.assertEqual(metrics['chatstream_streams_total{outcome="failed"}'], 1)
-
-
-def is_running(pid: int) -> bool:
-    return not Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].startswith(" Z")
 
 
 # ---- A browser ---------------------------------------------------------------------------
