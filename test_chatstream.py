@@ -876,6 +876,7 @@ class Status(Case):
         answer = await self.ask_through(reply, heartbeat_seconds=0.1)
         self.assertEqual(answer.status, 200)
         self.assertTrue(answer.body.startswith(b": keep-alive\n\n: keep-alive\n\n"))
+        self.assertLess(answer.body.count(b": keep-alive"), 4, "one a heartbeat, not one a look")
         self.assertEqual(answer.error["code"], "upstream_error")
 
     async def test_headers(self) -> None:
@@ -1569,6 +1570,8 @@ class Watching(Case):
             self.assertEqual(metrics[name], number, outcome)
         self.assertEqual(metrics["chatstream_active_streams"], 0)
         self.assertEqual(metrics["chatstream_events_total"], 2 + 3)
+        durations = metrics["gen_ai_client_operation_duration_seconds_count"]
+        self.assertEqual(durations, len(rows), "what we refused has no duration")
 
     async def test_metrics_text(self) -> None:
         """Each metric has its help and its type; the histograms have the GenAI buckets."""
@@ -1903,6 +1906,16 @@ def free_port() -> int:
         return port
 
 
+ENCRYPTED_KEY = """-----BEGIN ENCRYPTED PRIVATE KEY-----
+MIHsMFcGCSqGSIb3DQEFDTBKMCkGCSqGSIb3DQEFDDAcBAiAP1+rM55x/QICCAAw
+DAYIKoZIhvcNAgkFADAdBglghkgBZQMEAQIEEBxehlN2Doy6CVk9YrLXpoMEgZAJ
+P+qjrOfzXY9cF9REp3LdoHfPzDqMvIzFFaYZSEPFMKdJXmvdTV3WwPE4jMTCrh5k
+Z9m3zUCucyYv4NgwnuE6OPgqM461jjBVx8thgPgxmnZzpIDkkNKoMadZBgA2INpF
+OO9c4IYBfr/+E9S//fa/Jw8dcvfu1jHpe8bF/pXfKUOLp7MYYmlJTNORg2xuK9o=
+-----END ENCRYPTED PRIVATE KEY-----
+"""
+
+
 class HardLook(Case):
     """Nothing hangs on stdout, on file limits or on a broken peer."""
 
@@ -2076,6 +2089,39 @@ class HardLook(Case):
             self.assertEqual((await self.metrics(url))["chatstream_active_streams"], 0)
             for writer in writers:
                 writer.close()
+
+    async def test_bytes_in_headers(self) -> None:
+        """Bytes that are no ASCII do no harm: neither in a token nor in an upstream's header."""
+        head = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer \xff\r\n\r\n"
+        async with serving(base_url="http://127.0.0.1:1/v1", token="t") as url:
+            self.assertIn(b" 401 ", await self.raw(url, head))
+
+        async def reply(call: Call) -> None:
+            await call.raw(b"HTTP/1.1 429 X\r\nx-ratelimit-x: \xff\r\nContent-Length: 0\r\n\r\n")
+
+        self.assertEqual((await self.ask_through(reply)).status, 429)
+
+    async def test_the_first_verdict_stays(self) -> None:
+        """A stream that is stopped for one reason is not told another."""
+
+        async def stopped_twice() -> Any:
+            stream = chatstream.Stream(Any, chatstream.Relay(1), "id", 0.0)  # type: ignore[arg-type]
+            for code in ("upstream_timeout", "server_draining"):
+                stream.stop(chatstream.Failure(code))
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(PATIENCE)
+            return stream.verdict and stream.verdict.code
+
+        self.assertEqual(await asyncio.create_task(stopped_twice()), "upstream_timeout")
+
+    async def test_encrypted_key(self) -> None:
+        """A key with a password is refused; nobody is asked for it."""
+        with certificate() as (cert, key):
+            Path(key).write_text(ENCRYPTED_KEY)
+            env = {"CHATSTREAM_TLS_CERT": cert, "CHATSTREAM_TLS_KEY": key}
+            async with running(["chatstream.py"], env) as run:
+                self.assertEqual(await run.end(), 2)
+            self.assertIn("without a password", run.err)
 
     async def test_messages_for_people(self) -> None:
         """Key, token and the upstream's own host:port are blotted out, and nothing else is."""
