@@ -253,14 +253,11 @@ class Stream:
     outcome: str = "client_gone"  # unless somebody says otherwise
     cause: str = ""
 
-    async def open(self, whole: bytes | None = None) -> web.StreamResponse:
-        """The point of no return: from here on the status is 200. With a `whole` answer, head
-        and body leave in one packet."""
+    async def open(self) -> web.StreamResponse:
+        """The point of no return: from here on the status is 200."""
         if self.response is None:
-            self.status, headers = 200, STREAM_HEADERS | {"X-Request-Id": self.id}
-            self.response = web.StreamResponse(headers=headers)
-            if whole is not None:
-                self.response = web.Response(body=whole, headers=headers)
+            self.status = 200
+            self.response = web.StreamResponse(headers=STREAM_HEADERS | {"X-Request-Id": self.id})
             if self.request.version < (1, 1):
                 self.response.force_close()  # without chunks only that ends a body
             await self.response.prepare(self.request)
@@ -280,10 +277,7 @@ class Stream:
         gauge and the drain know of the stream until then."""
         self.ending = True  # no heartbeat may follow
         self.written += len(last)
-        if self.response:
-            response = self.response
-        else:
-            response, last = await self.open(last), b""
+        response = await self.open()
         if transport := self.request.transport:
             transport.set_write_buffer_limits(0)  # write_eof() waits until it holds no more
             await response.write_eof(last)
