@@ -107,12 +107,12 @@ class EventParser:
         # it would end one at U+2028 too, which is text.
         lines = piece.splitlines()
         rest = lines.pop() if lines and not piece.endswith((b"\n", b"\r")) else b""
-        if lines:
+        if lines and self.partial:
             lines[0] = bytes(self.partial) + lines[0]
             self.partial.clear()
-            if self.at_start:
-                self.at_start = False
-                lines[0] = lines[0].removeprefix(BOM)
+        if lines and self.at_start:
+            self.at_start = False
+            lines[0] = lines[0].removeprefix(BOM)
         self.partial += rest
         if self.partial.startswith(b":"):  # a comment may be of any length: drop it as it comes
             del self.partial[1:]
@@ -265,7 +265,7 @@ class Stream:
 
     async def write(self, data: bytes) -> None:
         """Waits while the client is slow, and with us waits the upstream: back-pressure."""
-        response = await self.open()
+        response = self.response or await self.open()
         self.written += len(data)
         if len(data) < 2**15 and not self.waiting():  # asyncio makes nobody wait below 2**16
             await response.write(data)
