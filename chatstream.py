@@ -1301,7 +1301,9 @@ async def with_demo(settings: Settings) -> AsyncIterator[Settings]:
         yield settings
         return
     silence = 1.5 * settings.heartbeat_seconds
-    server = web.Server(lambda request: demo_upstream(request, silence), access_log=None)
+    server = web.Server(
+        lambda request: demo_upstream(request, silence), handler_cancellation=True, access_log=None
+    )
     runner = web.ServerRunner(server, shutdown_timeout=0.2)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()

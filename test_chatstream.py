@@ -2194,6 +2194,18 @@ class HardLook(Case):
                 self.assertIn("integers to 4,300 digits", answer.error["message"])
                 self.assertEqual((await self.ask(url)).error["code"], "upstream_invalid")
 
+    async def test_leaving_the_demo(self) -> None:
+        """Who stops the demo's answer leaves no traceback in the log."""
+        async with program() as run:
+            async with self.post(run.url) as response:
+                await response.content.readany()
+            metrics: dict[str, float] = {}
+            while not metrics.get('chatstream_streams_total{outcome="client_gone"}'):
+                metrics = await self.metrics(run.url)
+            await asyncio.sleep(0.1)  # more than a word of the demo takes
+            self.assertEqual(await run.end(signal.SIGTERM), 0)
+        self.assertNotIn("Traceback", run.err)
+
     async def test_our_own_fault(self) -> None:
         """A bug of ours is a 500, counted `failed`, and no fault of the client's."""
         async with upstream(says("Hi")) as up, serving(up) as url:
