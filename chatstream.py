@@ -38,13 +38,14 @@ import sys
 import time
 import urllib.request
 from bisect import bisect_left
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import Field, dataclass, field, fields, replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple, NoReturn, TextIO
+from typing import Any, NamedTuple, TextIO
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -315,10 +316,12 @@ async def chat(server: Chatstream, stream: Stream) -> web.StreamResponse | None:
         raise Failure("too_many_streams")
     server.streams.add(stream)  # before its body, which takes memory
     stream.watcher = asyncio.create_task(watch(stream, server.settings))
-    body = check_chat(await read_body(stream.request, server.settings), server.settings.model)
+    body = check_chat(
+        await read_body(stream.request, server.settings.max_body_bytes), server.settings.model
+    )
     stream.active = True
     try:
-        answer = await server.upstream.ask(stream, body)
+        answer = await server.upstream.ask(stream, "/chat/completions", body)
         del body  # a long conversation need not stay in memory while its answer streams
         last = await pass_on(stream, answer)
     finally:
@@ -389,7 +392,7 @@ async def handle(server: Chatstream, request: web.BaseRequest) -> web.StreamResp
     server.requests.add(stream)
     response: web.StreamResponse | None = None
     try:
-        response = await server.route(request)(server, stream)
+        response = await route(server, request)(server, stream)
     except asyncio.CancelledError:
         if not (stream.task and stream.verdict):  # the client has left: there is nobody to tell
             raise
@@ -469,16 +472,14 @@ class Failure(Exception):
     """Why a request has no complete answer: a code of ERRORS, and what departs from its row
     (status, outcome, type, code, param, headers). `cause` is for the log alone."""
 
-    param: str | None = None
-    type = ""
-    headers: dict[str, str] = {}  # noqa: RUF012 - never changed
-
     def __init__(self, code: str, message: str = "", /, cause: str = "", **departs: Any) -> None:
         super().__init__(code)
         self.status, self.outcome, told = ERRORS[code]
         self.code, self.message, self.cause = code, message or told, cause
+        self.param: str | None = None
+        self.headers: dict[str, str] = {}
         vars(self).update({name: value for name, value in departs.items() if value})
-        self.type = self.type or TYPES.get(self.status, "invalid_request_error")
+        self.type = departs.get("type") or TYPES.get(self.status, "invalid_request_error")
 
     def body(self, request_id: str, secrets: list[str]) -> bytes:
         """`{"error": {"message": "…", "type": "…", "param": null, "code": "…", …}}`, in which
@@ -500,8 +501,7 @@ def reported(body: bytes, code: str, **departs: Any) -> Failure:
         error = error[0]
     if isinstance(error, dict):
         inner = error.get("error")
-        if isinstance(inner, dict) or (inner and "message" not in error):
-            error = inner
+        error = inner if isinstance(inner, dict) or (inner and "message" not in error) else error
     if not isinstance(error, dict):
         error = {"message": error}
     for name in ("type", "code", "param"):
@@ -521,12 +521,8 @@ def reported(body: bytes, code: str, **departs: Any) -> Failure:
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
-
-def refuse(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")  # NaN, Infinity: Python reads them, RFC 8259 does not
-
-
-decode_json = json.JSONDecoder(parse_constant=refuse).raw_decode
+# Python reads NaN and Infinity, which RFC 8259 does not have: int("NaN") raises ValueError.
+decode_json = json.JSONDecoder(parse_constant=int).raw_decode
 encode_json = json.JSONEncoder(allow_nan=False).encode
 
 
@@ -547,37 +543,6 @@ def parse_object(data: bytes) -> Chat:
     return value
 
 
-def check_messages(messages: Any) -> None:
-    """Raises Failure for what are no chat messages; never quotes them."""
-    if not isinstance(messages, list) or not messages:
-        raise Failure("invalid_messages")
-    for index, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise Failure("invalid_messages", f"messages[{index}] must be an object.")
-        if message.get("role") not in ROLES:
-            told = f"messages[{index}].role must be one of {', '.join(ROLES)}."
-            raise Failure("invalid_messages", told)
-        content = message.get("content")
-        parts = content if isinstance(content, list) else []
-        if not isinstance(content, str | list | None) or not all(
-            isinstance(x, dict) for x in parts
-        ):
-            told = f"messages[{index}].content must be text, parts or null."
-            raise Failure("invalid_messages", told)
-
-
-def choose_model(asked: Any, allowed: tuple[str, ...]) -> str:
-    if asked is None and allowed[0] != "*":
-        return allowed[0]
-    if asked is None:
-        raise Failure("invalid_request", "`model` is required; GET /v1/models lists them.")
-    if not isinstance(asked, str):
-        raise Failure("invalid_request", "`model` must be a string.")
-    if asked not in allowed and "*" not in allowed:
-        raise Failure("model_not_found")
-    return asked
-
-
 def check_chat(data: bytes, allowed: tuple[str, ...]) -> bytes:
     """The body to send on for the body received: encoded anew from what was checked, so that
     a repeated key cannot slip a model past the check. Raises Failure."""
@@ -594,21 +559,49 @@ def check_chat(data: bytes, allowed: tuple[str, ...]) -> bytes:
         raise Failure("invalid_json") from None
 
 
-async def read_body(request: web.BaseRequest, settings: Settings) -> bytes:
+def check_messages(messages: Any) -> None:
+    """Raises Failure for what are no chat messages; never quotes them."""
+    if not isinstance(messages, list) or not messages:
+        raise Failure("invalid_messages")
+    for index, message in enumerate(messages):
+        told = ""
+        if not isinstance(message, dict):
+            told = "must be an object"
+        elif message.get("role") not in ROLES:
+            told = f"needs a role out of {', '.join(ROLES)}"
+        elif isinstance(content := message.get("content"), list):
+            told = "" if all(isinstance(part, dict) for part in content) else "has bad parts"
+        elif not isinstance(content, str | None):
+            told = "needs as content text, parts or null"
+        if told:
+            raise Failure("invalid_messages", f"messages[{index}] {told}.")
+
+
+def choose_model(asked: Any, allowed: tuple[str, ...]) -> str:
+    if asked is None and allowed[0] == "*":
+        raise Failure("invalid_request", "`model` is required; GET /v1/models lists them.")
+    asked = allowed[0] if asked is None else asked
+    if not isinstance(asked, str):
+        raise Failure("invalid_request", "`model` must be a string.")
+    if asked not in allowed and "*" not in allowed:
+        raise Failure("model_not_found")
+    return asked
+
+
+async def read_body(request: web.BaseRequest, limit: int) -> bytes:
     """The request's body. Raises Failure; how long it may take, `watch` knows."""
-    if (request.content_length or 0) > settings.max_body_bytes:
-        raise Failure("body_too_large")
     waits = request.headers.get("Expect", "").lower() == "100-continue"
-    if waits and request.transport and request.version >= (1, 1):
+    if waits and request.transport and (request.content_length or 0) <= limit:
         request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")  # aiohttp's server does not
-    body = bytearray()
+    body, size = bytearray(), request.content_length or 0
     try:
-        while piece := await request.content.readany():
+        while size <= limit and (piece := await request.content.readany()):
             body += piece
-            if len(body) > settings.max_body_bytes:
-                raise Failure("body_too_large")
+            size = max(size, len(body))
     except (web.RequestPayloadError, aiohttp.http_exceptions.HttpProcessingError):
         raise Failure("invalid_request", "The request body's encoding is broken.") from None
+    if size > limit:
+        raise Failure("body_too_large")
     return bytes(body)
 
 
@@ -635,10 +628,8 @@ class UpstreamAnswer(aiohttp.ClientResponse):
 async def read_whole(answer: aiohttp.ClientResponse, limit: int) -> bytes:
     """A body that is no stream, up to the limit. Raises one of BROKEN if it breaks off."""
     body = bytearray()
-    async for piece in answer.content.iter_any():
+    while len(body) <= limit and (piece := await answer.content.readany()):
         body += piece
-        if len(body) > limit:
-            break
     return bytes(body)
 
 
@@ -684,13 +675,13 @@ class Upstream:
             response_class=UpstreamAnswer,
         )
 
-    async def send(
-        self, stream: Stream, method: str, path: str, body: bytes | None = None
+    async def ask(
+        self, stream: Stream, path: str, body: bytes | None = None
     ) -> aiohttp.ClientResponse:
-        """The upstream's answer, if its status is a good one. Raises Failure."""
+        """The answer to a GET, or to a POST of a body, if it is a good one. Raises Failure."""
         try:
             answer = stream.answer = await self.session.request(
-                method,
+                "POST" if body else "GET",
                 self.url + path,
                 data=body,
                 headers={"X-Request-Id": stream.id},
@@ -706,8 +697,13 @@ class Upstream:
             elif type(error) is aiohttp.ClientResponseError:  # what came is no HTTP
                 code = "upstream_invalid"
             raise Failure(code, cause=f"{type(error).__name__}: {error}") from None
+        kind = answer.headers.get("Content-Type", "text/event-stream").lower()
         if not 200 <= answer.status < 300:
             raise await self.refusal(answer)
+        if kind.startswith("text/html"):
+            raise Failure("upstream_error", cause="an HTML page")
+        if not kind.startswith(("text/event-stream", "application/json")):
+            raise Failure("upstream_invalid", cause="neither an event stream nor JSON")
         return answer
 
     async def refusal(self, answer: aiohttp.ClientResponse) -> Failure:
@@ -717,31 +713,22 @@ class Upstream:
             return Failure("upstream_auth", cause=f"{cause}: is OPENAI_API_KEY right?")
         if not 400 <= status < 500:
             return Failure("upstream_error", cause=cause)
-        kept = {}
-        for name, value in answer.headers.items():
-            if re.match("retry-after$|x-ratelimit-", name.lower()) and value.isascii():
-                kept[name] = value
+        kept = {
+            name: value
+            for name, value in answer.headers.items()
+            if re.match("retry-after$|x-ratelimit-", name.lower()) and value.isascii()
+        }
         body = b""
         with suppress(TimeoutError, *BROKEN):  # its body is worth a moment, no more
             async with asyncio.timeout(2):
                 body = await read_whole(answer, self.settings.max_event_bytes)
         return reported(body, "upstream_rejected", status=status, headers=kept, cause=cause)
 
-    async def ask(self, stream: Stream, body: bytes) -> aiohttp.ClientResponse:
-        """The upstream's answer, if it is one to relay. Raises Failure for any other."""
-        answer = await self.send(stream, "POST", "/chat/completions", body)
-        kind = answer.headers.get("Content-Type", "text/event-stream").lower()
-        if kind.startswith("text/html"):
-            raise Failure("upstream_error", cause="an HTML page")
-        if not kind.startswith(("text/event-stream", "application/json")):
-            raise Failure("upstream_invalid", cause="neither an event stream nor JSON")
-        return answer
-
     async def models(self, stream: Stream) -> list[str]:
         """The names that the upstream lists. Raises Failure."""
         try:
             async with asyncio.timeout(self.settings.connect_seconds):
-                answer = await self.send(stream, "GET", "/models")
+                answer = await self.ask(stream, "/models")
                 listed = parse_object(await read_whole(answer, self.settings.max_event_bytes))
             return [each["id"] for each in listed["data"] if isinstance(each["id"], str)]
         except TimeoutError:
@@ -774,19 +761,11 @@ def check_origin(request: web.BaseRequest, hosts: set[str]) -> None:
     host = request.headers.get("Host", "").lower()
     if hosts and host_name(host) not in hosts:
         raise Failure("forbidden_host")
-    site, origin = request.headers.get("Sec-Fetch-Site"), request.headers.get("Origin")
-    if site is not None:
-        same = site in ("same-origin", "none")
-    else:  # no browser, or an old one
-        same = origin is None or origin.partition("://")[2].lower() == host
-    if request.method == "POST" and not same:
+    origin = request.headers.get("Origin")
+    same = origin is None or origin.partition("://")[2].lower() == host
+    site = request.headers.get("Sec-Fetch-Site")  # only old browsers do not send it
+    if request.method == "POST" and not (site in ("same-origin", "none") if site else same):
         raise Failure("forbidden_origin")
-
-
-def check_media_type(request: web.BaseRequest) -> None:
-    encoding = request.headers.get("Content-Encoding", "identity").lower()
-    if encoding != "identity" or request.content_type != "application/json":
-        raise Failure("unsupported_media_type")
 
 
 def check_token(request: web.BaseRequest, token: str) -> None:
@@ -797,29 +776,52 @@ def check_token(request: web.BaseRequest, token: str) -> None:
         raise Failure("invalid_token", headers={"WWW-Authenticate": "Bearer"})
 
 
+def route(server: Chatstream, request: web.BaseRequest) -> Handler:
+    """The handler of a request that may come in. Raises Failure."""
+    path, headers = request.path, request.headers
+    guarded = path in ("/", "/stream") or path.startswith("/v1/")
+    if guarded:
+        check_origin(request, server.hosts)
+    if path not in ROUTES:
+        raise Failure("not_found")
+    method, handler = ROUTES[path]
+    allowed = ("GET", "HEAD") if method == "GET" else (method,)
+    if request.method not in allowed:
+        raise Failure("method_not_allowed", headers={"Allow": ", ".join(allowed)})
+    if guarded and server.draining:
+        raise Failure("server_draining")
+    is_plain = headers.get("Content-Encoding", "identity").lower() == "identity"
+    if method == "POST" and not (is_plain and request.content_type == "application/json"):
+        raise Failure("unsupported_media_type")
+    if guarded and path != "/":
+        check_token(request, server.settings.token)
+    return handler
+
+
 # ---- The routes --------------------------------------------------------------------------
 
 PAGE_HEADERS = {
     "Content-Type": "text/html; charset=utf-8",
+    "Cache-Control": "no-cache",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Permissions-Policy": "camera=(), display-capture=(), geolocation=(), microphone=(), "
     "midi=(), payment=(), usb=()",
-    "Cache-Control": "no-cache",
 }
 
 
 def page_policy(html: str) -> str:
     """Only the script and the style that stand in the file may run: their hashes are taken
     from it, so that the policy cannot drift from the page."""
-    hashes = {}
+    policy = "default-src 'none'; "
     for tag in ("script", "style"):
-        blocks = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
-        digests = (base64.b64encode(hashlib.sha256(each.encode()).digest()) for each in blocks)
-        hashes[tag] = " ".join(f"'sha256-{digest.decode()}'" for digest in digests)
-    return (
-        f"default-src 'none'; script-src {hashes['script']}; style-src {hashes['style']}; "
+        policy += f"{tag}-src"
+        for block in re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL):
+            digest = base64.b64encode(hashlib.sha256(block.encode()).digest()).decode()
+            policy += f" 'sha256-{digest}'"
+        policy += "; "
+    return policy + (
         "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
         "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
     )
@@ -849,10 +851,8 @@ async def probe(server: Chatstream, stream: Stream) -> web.StreamResponse:
 
 
 async def metrics(server: Chatstream, stream: Stream) -> web.StreamResponse:
-    active = sum(each.active for each in server.streams)
-    text = server.metrics.text(active, server.draining, server.max_streams)
     kind = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
-    return web.Response(body=text.encode(), headers=kind)
+    return web.Response(body=server.metrics.text(server).encode(), headers=kind)
 
 
 Handler = Callable[["Chatstream", Stream], Awaitable[web.StreamResponse | None]]
@@ -882,11 +882,10 @@ class Histogram:
         self.counts[bisect_left(BUCKETS, value)] += 1
         self.sum += value
 
-    def samples(self) -> list[tuple[str, float]]:
-        below = list(accumulate(self.counts))
-        bounds = zip([*BUCKETS, "+Inf"], below, strict=True)
-        buckets: list[tuple[str, float]] = [(f'_bucket{{le="{each}"}}', n) for each, n in bounds]
-        return [*buckets, ("_sum", self.sum), ("_count", below[-1])]
+    def samples(self) -> dict[str, float]:
+        below = accumulate(self.counts)
+        out = {f'_bucket{{le="{each}"}}': next(below) for each in (*BUCKETS, "+Inf")}
+        return out | {"_sum": self.sum, "_count": sum(self.counts)}
 
 
 class Metrics:
@@ -897,24 +896,24 @@ class Metrics:
         self.events = 0
         self.first_chunk, self.duration = Histogram(), Histogram()
 
-    def text(self, active: int, draining: bool, max_streams: int) -> str:
+    def text(self, server: Chatstream) -> str:
         """Prometheus' text format, version 0.0.4."""
-        outcomes = [(f'{{outcome="{name}"}}', n) for name, n in self.outcomes.items()]
+        active = sum(each.active for each in server.streams)
+        outcomes = {f'{{outcome="{name}"}}': n for name, n in self.outcomes.items()}
         first, whole = self.first_chunk.samples(), self.duration.samples()
         genai = "gen_ai_client_operation"  # OpenTelemetry's name
-        families: list[tuple[str, str, str, Iterable[tuple[str, float]]]] = [
-            ("chatstream_active_streams", "gauge", "Streams running now.", [("", active)]),
-            ("chatstream_draining", "gauge", "1 while shutting down.", [("", int(draining))]),
-            ("chatstream_max_streams", "gauge", "Streams allowed at once.", [("", max_streams)]),
+        lines = []
+        for name, kind, what, samples in (
+            ("chatstream_active_streams", "gauge", "Streams running now.", {"": active}),
+            ("chatstream_draining", "gauge", "1 while shutting down.", {"": +server.draining}),
+            ("chatstream_max_streams", "gauge", "Most streams at once.", {"": server.max_streams}),
             ("chatstream_streams_total", "counter", "Requests, by how they ended.", outcomes),
-            ("chatstream_events_total", "counter", "Chunks relayed.", [("", self.events)]),
+            ("chatstream_events_total", "counter", "Chunks relayed.", {"": self.events}),
             (f"{genai}_time_to_first_chunk_seconds", "histogram", "Until the first chunk.", first),
             (f"{genai}_duration_seconds", "histogram", "Until the end of the answer.", whole),
-        ]
-        lines = []
-        for name, kind, what, samples in families:
+        ):
             lines += [f"# HELP {name} {what}", f"# TYPE {name} {kind}"]
-            lines += [f"{name}{suffix} {value}" for suffix, value in samples]
+            lines += [f"{name}{suffix} {value}" for suffix, value in samples.items()]
         return "\n".join(lines) + "\n"
 
 
@@ -956,13 +955,12 @@ class BadSetting(Exception):
 TINY = sys.float_info.min  # the least number of seconds above 0
 
 
-def setting(default: Any, what: str, least: float = 0, most: float = 10**9) -> Any:
+def setting(
+    default: Any, what: str, least: float = 0, most: float = 10**9, repr: bool = True
+) -> Any:
     """A field of Settings, and a line for --help. The type of the default is the field's."""
-    return field(default=default, metadata={"what": what, "least": least, "most": most})
-
-
-def secret(what: str) -> Any:
-    return field(default="", repr=False, metadata={"what": what})
+    about = {"what": what, "least": least, "most": most}
+    return field(default=default, repr=repr, metadata=about)
 
 
 @dataclass(frozen=True)
@@ -970,12 +968,14 @@ class Settings:
     """All that can be set. Secrets have no flag (anybody on the machine can read those) and
     no place in the `repr`. Raises BadSetting where the set-up would not be safe."""
 
-    api_key: str = secret("the upstream's key; with neither it nor a URL: the demo")
+    api_key: str = setting(
+        "", "the upstream's key; with neither it nor a URL: the demo", repr=False
+    )
     base_url: str = setting("", f"any OpenAI-compatible upstream; if unset {OPENAI_URL}")
     model: tuple[str, ...] = setting(("gpt-4o-mini",), "models allowed, default first; * = any")
     host: str = setting("127.0.0.1", "address to listen on; a public one needs a token")
     port: int = setting(8080, "port; 0 = any free one", most=65535)
-    token: str = secret("access token that clients must send")
+    token: str = setting("", "access token that clients must send", repr=False)
     allowed_hosts: tuple[str, ...] = setting((), "further Host names served")
     max_streams: int = setting(1000, "streams at once; one more gets 503", least=1)
     max_body_bytes: int = setting(1048576, "longest request body", least=1)
@@ -1010,19 +1010,20 @@ def convert(each: Field[Any], text: str) -> Any:
     kind: Any = type(each.default)
     if not each.repr and not re.fullmatch(r"[!-~]+", text):
         raise ValueError("visible ASCII characters, since it travels in a header")
-    if each.name == "base_url" and not is_url(text):
-        raise ValueError("an http(s) URL such as http://localhost:11434/v1, no password, ? or #")
-    if kind is bool:
-        if text.lower() not in ("true", "1", "false", "0"):
-            raise ValueError("true or false")
-        return text.lower() in ("true", "1")
+    if each.name == "base_url":
+        check_url(text)
+        return text.rstrip("/")
+    if kind is str:
+        return text
     if kind is tuple:
         names = tuple(name.strip() for name in text.split(",") if name.strip())
         if not names:
             raise ValueError("one name or more, comma-separated")
         return names
-    if kind is str:
-        return text.rstrip("/") if each.name == "base_url" else text
+    if kind is bool:
+        if text.lower() not in ("true", "1", "false", "0"):
+            raise ValueError("true or false")
+        return text.lower() in ("true", "1")
     least, most = each.metadata["least"], each.metadata["most"]
     with suppress(ValueError):
         if least <= kind(text) <= most:
@@ -1031,25 +1032,20 @@ def convert(each: Field[Any], text: str) -> Any:
     raise ValueError(f"{what} {'above 0' if 0 < least < 1 else f'from {least}'}, up to {most}")
 
 
-def is_url(text: str) -> bool:
+def check_url(text: str) -> None:
     with suppress(ValueError):
         url = urlsplit(text)
         str(url.hostname).encode("idna")  # raises for no name that could be looked up
-        good = url.scheme in ("http", "https") and url.hostname and url.port != 0
-        return bool(good) and not re.search(r"[\s?#@]", text)
-    return False
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        flag_only = re.sub(r"(arguments: -*[\w-]*).*", r"\1", message)  # its value may be a secret
-        raise BadSetting(f"{flag_only}; --help lists the flags")
+        is_http = url.scheme in ("http", "https") and url.hostname and url.port != 0
+        if is_http and not re.search(r"[\s?#@]", text):
+            return
+    raise ValueError("an http(s) URL such as http://localhost:11434/v1, no password, ? or #")
 
 
 def read_settings(environ: Mapping[str, str], arguments: list[str]) -> Settings:
     """Settings from flags, else variables, else defaults. Raises BadSetting."""
     what = "Streams OpenAI-compatible completions to a chat page. A flag beats its variable."
-    parser = ArgumentParser("chatstream.py", description=what, allow_abbrev=False)
+    parser = argparse.ArgumentParser("chatstream.py", description=what, allow_abbrev=False)
     parser.epilog = "Secrets have a variable and no flag: OPENAI_API_KEY, CHATSTREAM_TOKEN."
     for each in fields(Settings):
         if each.repr:
@@ -1057,9 +1053,12 @@ def read_settings(environ: Mapping[str, str], arguments: list[str]) -> Settings:
             told = f"{each.metadata['what']} [{variable(each.name)}={default}]"
             flag = "--" + each.name.replace("_", "-")  # alone, as in --reuse-port, it means true
             parser.add_argument(flag, metavar="VALUE", help=told, nargs="?", const="true")
-    flags, values = vars(parser.parse_args(arguments)), {}
+    flags, unknown = parser.parse_known_args(arguments)
+    if unknown:  # its value may be a secret
+        raise BadSetting(f"no such flag: {unknown[0].partition('=')[0]}; --help lists the flags")
+    values = {}
     for each in fields(Settings):
-        name, text = variable(each.name), flags.get(each.name)
+        name, text = variable(each.name), getattr(flags, each.name, None)
         if text is None:
             text = environ.get(name, "").strip()
             if not text:  # set but empty counts as unset: compose files write `X: ${X}`
@@ -1075,17 +1074,27 @@ def read_settings(environ: Mapping[str, str], arguments: list[str]) -> Settings:
 # ---- The server --------------------------------------------------------------------------
 
 
-def server_tls(settings: Settings) -> ssl.SSLContext | None:
-    if not settings.tls_cert:
-        return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+async def listen(
+    handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]],
+    host: str,
+    port: int,
+    **how: Any,
+) -> web.ServerRunner:
+    """aiohttp's low-level server, listening. Raises OSError or ValueError where it cannot."""
+    server = web.Server(
+        handler,
+        handler_cancellation=True,  # else a silent upstream outlives its reader
+        auto_decompress=False,  # else 60 KB become 60 MB
+        access_log=None,
+    )
+    runner = web.ServerRunner(server, shutdown_timeout=0.2)
+    await runner.setup()
     try:
-        context.load_cert_chain(settings.tls_cert, settings.tls_key, password="")
-    except OSError as error:
-        names = f"CHATSTREAM_TLS_CERT={settings.tls_cert!r} CHATSTREAM_TLS_KEY={settings.tls_key!r}"
-        told = "must be PEM files that belong together, without a password"
-        raise BadSetting(f"{names} {told} ({error})") from None
-    return context
+        await web.TCPSite(runner, host, port, **how).start()
+    except BaseException:
+        await runner.cleanup()
+        raise
+    return runner
 
 
 def streams_for_files(wanted: int) -> int:
@@ -1130,25 +1139,27 @@ class Chatstream:
         self.streams: set[Stream] = set()  # of those, the ones that count as streams
         self.draining = False
 
-    def route(self, request: web.BaseRequest) -> Handler:
-        """Who gets in, and where to. Raises Failure."""
-        path = request.path
-        guarded = path in ("/", "/stream") or path.startswith("/v1/")
-        if guarded:
-            check_origin(request, self.hosts)
-        if path not in ROUTES:
-            raise Failure("not_found")
-        method, handler = ROUTES[path]
-        allowed = ("GET", "HEAD") if method == "GET" else (method,)
-        if request.method not in allowed:
-            raise Failure("method_not_allowed", headers={"Allow": ", ".join(allowed)})
-        if guarded and self.draining:
-            raise Failure("server_draining")
-        if method == "POST":
-            check_media_type(request)
-        if guarded and path != "/":
-            check_token(request, self.settings.token)
-        return handler
+    async def start(self) -> str:
+        """Listens; returns the address. Raises BadSetting where it cannot."""
+        settings, tls = self.settings, None
+        self.upstream = Upstream(settings)
+        try:
+            if settings.tls_cert:
+                tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+                tls.load_cert_chain(settings.tls_cert, settings.tls_key, password="")
+            how = {"ssl_context": tls, "reuse_port": settings.reuse_port or None}
+            handler = partial(handle, self)
+            self.runner = await listen(handler, settings.host, settings.port, **how)
+        except (OSError, ValueError) as error:
+            await self.upstream.session.close()
+            names = ("host", "port", "tls_cert", "tls_key")
+            told = " ".join(f"{variable(name)}={getattr(settings, name)}" for name in names)
+            raise BadSetting(
+                f"{told}: cannot listen there ({error}); the host must be this machine's, the port "
+                "free, and certificate and key PEM files that belong together, without a password"
+            ) from None
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        return f"http{'s' if tls else ''}://{host}:{self.runner.addresses[0][1]}"
 
     def settle(self, stream: Stream) -> None:
         """A request has ended: counts it, in one outcome, and writes its line in the log."""
@@ -1157,53 +1168,28 @@ class Chatstream:
         self.requests.discard(stream)
         self.streams.discard(stream)
         cause = f" cause={stream.cause!r}" if stream.cause else ""
-        method, handler = ROUTES.get(stream.request.path, ("", None))
-        if handler is not chat or stream.request.method != method:
+        if stream.request.method != "POST" or ROUTES.get(stream.request.path, "")[0] != "POST":
             if " " in stream.cause:  # there is more to tell than the code
                 log(f"id={stream.id} status={stream.status}{cause}")
             return
-        first, total = stream.first_event, time.monotonic() - stream.started
+        events, first = stream.relay.events, stream.first_event
+        total = time.monotonic() - stream.started
         self.metrics.outcomes[stream.outcome] += 1
-        self.metrics.events += stream.relay.events
+        self.metrics.events += events
         if first:
             self.metrics.first_chunk.observe(first)
         if stream.outcome != "rejected":
             self.metrics.duration.observe(total)
-        counted = (
-            f"events={stream.relay.events} first={first:.3f}s" if first else "events=0 first=-"
+        log(
+            f"id={stream.id} outcome={stream.outcome} status={stream.status or '-'} "
+            f"events={events} first={f'{first:.3f}s' if first else '-'} total={total:.3f}s{cause}"
         )
-        what = f"outcome={stream.outcome} status={stream.status or '-'} {counted}"
-        log(f"id={stream.id} {what} total={total:.3f}s{cause}")
-
-    async def start(self) -> str:
-        """Listens; returns the address. Raises BadSetting where it cannot."""
-        settings, tls = self.settings, server_tls(self.settings)
-        self.upstream = Upstream(settings)
-        server = web.Server(
-            lambda request: handle(self, request),
-            handler_cancellation=True,  # else a silent upstream outlives its reader
-            auto_decompress=False,  # else 60 KB become 60 MB
-            access_log=None,
-        )
-        self.runner = web.ServerRunner(server, shutdown_timeout=0.2)
-        await self.runner.setup()
-        where, shared = (settings.host, settings.port), settings.reuse_port or None
-        self.site = web.TCPSite(self.runner, *where, ssl_context=tls, reuse_port=shared)
-        try:
-            await self.site.start()
-        except (OSError, ValueError) as error:
-            await self.stop()
-            raise BadSetting(
-                f"CHATSTREAM_HOST={settings.host} CHATSTREAM_PORT={settings.port}: cannot listen "
-                f"there ({error}); the host must be this machine's, the port a free one"
-            ) from None
-        host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        return f"http{'s' if tls else ''}://{host}:{self.runner.addresses[0][1]}"
 
     async def drain(self) -> None:
         """Ends without cutting an answer, if the drain time allows it."""
         self.draining = True  # 1. no new connections, no new streams
-        await self.site.stop()
+        for site in list(self.runner.sites):
+            await site.stop()
         for stream in self.streams:
             if not stream.active:
                 stream.stop(Failure("server_draining"))
@@ -1214,15 +1200,12 @@ class Chatstream:
         for stream in self.requests:  # 4. those that do not even read that are dropped
             stream.drop_client()
         await self.wait_for_requests(0.1)
-        await self.stop()
+        await self.upstream.session.close()
+        await self.runner.cleanup()
 
     async def wait_for_requests(self, seconds: float) -> None:
         if tasks := [each.task for each in self.requests if each.task]:
             await asyncio.wait(tasks, timeout=seconds)
-
-    async def stop(self) -> None:
-        await self.upstream.session.close()
-        await self.runner.cleanup()
 
 
 # ---- The demo ----------------------------------------------------------------------------
@@ -1253,43 +1236,39 @@ OPENAI_BASE_URL=http://localhost:11434/v1 OPENAI_MODEL=llama3.2 python chatstrea
 """
 
 
-def demo_event(choices: list[Chat], **more: Any) -> bytes:
+def demo_event(delta: Chat, finish_reason: str | None = None, **more: Any) -> bytes:
+    choices = [{"index": 0, "delta": delta, "finish_reason": finish_reason}]
     chunk = {"id": "chatcmpl-demo", "object": "chat.completion.chunk", "choices": choices, **more}
     return b"data: %b\n\n" % encode_json(chunk).encode()
 
 
-async def demo_words(model: str, question: str, silence: float) -> AsyncIterator[bytes]:
+async def demo_events(model: str, question: str, silence: float) -> AsyncIterator[bytes]:
     """The events of an answer, at the pace of a model."""
     quoted = question[:2000].replace("\n", "\n> ")
     words = re.findall(r"\s*\S+\s*", DEMO_ANSWER.replace("{question}", quoted))
     fails = model in ("demo-cut-off", "demo-error")
     await asyncio.sleep(silence if model == "demo-slow-start" else 0)
-    yield demo_event([{"index": 0, "delta": {"role": "assistant", "content": ""}}])
+    yield demo_event({"role": "assistant", "content": ""})
     for word in words[: len(words) // 2] if fails else words:
-        yield demo_event([{"index": 0, "delta": {"content": word}, "finish_reason": None}])
+        yield demo_event({"content": word})
         await asyncio.sleep(0.02)
     if model == "demo-error":
-        error = {"message": "The demo model ran out of memory.", "type": "server_error"}
-        yield demo_event([], error=error | {"code": "out_of_memory"})
+        error = {"message": "The demo model ran out of memory.", "code": "out_of_memory"}
+        yield demo_event({}, error=error)
     elif not fails:
-        yield demo_event([{"index": 0, "delta": {}, "finish_reason": "stop"}])
-        yield demo_event([], usage={"completion_tokens": len(words)})
-        yield DONE
+        yield demo_event({}, "stop", usage={"completion_tokens": len(words)}) + DONE
 
 
-async def demo_upstream(request: web.BaseRequest, silence: float) -> web.StreamResponse:
-    try:
-        chat = parse_object(await request.content.read())
-        model, question = chat["model"], chat["messages"][-1].get("content")
-    except (ValueError, LookupError):  # from somebody else than chatstream
-        return web.json_response({"error": {"message": "This is no chat."}}, status=400)
-    if model == "demo-rate-limit":
+async def demo_upstream(silence: float, request: web.BaseRequest) -> web.StreamResponse:
+    chat = parse_object(await request.content.read())
+    if chat["model"] == "demo-rate-limit":
         error = {"message": "The demo takes no request just now.", "code": "rate_limit_exceeded"}
         return web.json_response({"error": error}, status=429, headers={"Retry-After": "5"})
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
     await response.prepare(request)
-    asked = question if isinstance(question, str) else "(something that is no text)"
-    async for event in demo_words(model, asked, silence):
+    asked = chat["messages"][-1].get("content")
+    question = asked if isinstance(asked, str) else "(something that is no text)"
+    async for event in demo_events(chat["model"], question, silence):
         await response.write(event)
     return response
 
@@ -1301,29 +1280,15 @@ async def with_demo(settings: Settings) -> AsyncIterator[Settings]:
         yield settings
         return
     silence = 1.5 * settings.heartbeat_seconds
-    server = web.Server(
-        lambda request: demo_upstream(request, silence), handler_cancellation=True, access_log=None
-    )
-    runner = web.ServerRunner(server, shutdown_timeout=0.2)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
+    runner = await listen(partial(demo_upstream, silence), "127.0.0.1", 0)
     try:
+        url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
         yield replace(settings, base_url=url, model=DEMO_MODELS)
     finally:
         await runner.cleanup()
 
 
 # ---- Start and stop ----------------------------------------------------------------------
-
-
-def start_lines(address: str, settings: Settings) -> str:
-    upstream = settings.base_url or OPENAI_URL
-    if settings.model == DEMO_MODELS:
-        upstream = "the demo; OPENAI_API_KEY or OPENAI_BASE_URL leaves it"
-    models = ", ".join(settings.model)
-    told = f"  upstream: {upstream}\n  models:   {models}\n  to stop:  Ctrl+C\n"
-    return f"chatstream listens on {address}\n{told}"
 
 
 async def serve(chosen: Settings) -> None:
@@ -1340,8 +1305,12 @@ async def serve(chosen: Settings) -> None:
     async with with_demo(chosen) as settings:
         server = Chatstream(settings)
         address = await server.start()
+        upstream = settings.base_url or OPENAI_URL
+        if settings is not chosen:
+            upstream = "the demo; OPENAI_API_KEY or OPENAI_BASE_URL leaves it"
         try:
-            sys.stdout.write(start_lines(address, settings))
+            sys.stdout.write(f"chatstream listens on {address}\n  upstream: {upstream}\n")
+            sys.stdout.write(f"  models:   {', '.join(settings.model)}\n  to stop:  Ctrl+C\n")
             await stopping.wait()
             sys.stdout.write(f"draining for up to {settings.drain_seconds:g} s; Ctrl+C ends it\n")
         finally:

@@ -1158,8 +1158,8 @@ class Time(Case):
         async with upstream(reply) as up:
             server = Chatstream(Settings(base_url=up.url, **settings))
             url = await server.start()
-            listener: Any = server.site._server
-            listener.sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            listener: Any = next(iter(server.runner.sites))
+            listener._server.sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
             sock = socket.socket()
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             sock.setblocking(False)
@@ -3133,7 +3133,7 @@ class ReadmeTables(unittest.TestCase):
         ((port, path),) = found(r"url: http://chatstream\.default\.svc\.cluster\.local:(\d+)(\S+)")
         self.assertEqual(port, str(default.port))
         self.assertIn(path, chatstream.ROUTES)
-        text = chatstream.Metrics().text(0, False, 1)
+        text = chatstream.Metrics().text(Chatstream(Settings()))
         for metric in found(r"valueLocation: (\S+)") + found(r"metric: {name: (\S+)}"):
             self.assertIn(f"\n{metric} 0\n", text)
         known = {chatstream.variable(each.name) for each in dataclasses.fields(Settings)}
