@@ -44,7 +44,6 @@ from dataclasses import Field, dataclass, field, fields, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple, TextIO
 from urllib.parse import urlsplit
 
@@ -312,13 +311,13 @@ async def chat(server: Chatstream, stream: Stream) -> web.StreamResponse | None:
     """Check the request; ask the upstream; relay what it says; let it go, come what may.
 
     Raises Failure, and CancelledError when the client has left or after `Stream.stop`."""
+    settings = server.settings
     if len(server.streams) >= server.max_streams:
         raise Failure("too_many_streams")
     server.streams.add(stream)  # before its body, which takes memory
-    stream.watcher = asyncio.create_task(watch(stream, server.settings))
-    body = check_chat(
-        await read_body(stream.request, server.settings.max_body_bytes), server.settings.model
-    )
+    stream.watcher = asyncio.create_task(watch(stream, settings))
+    body = await read_body(stream.request, settings.max_body_bytes)
+    body = check_chat(body, settings.model)
     stream.active = True
     try:
         answer = await server.upstream.ask(stream, "/chat/completions", body)
@@ -564,17 +563,14 @@ def check_messages(messages: Any) -> None:
     if not isinstance(messages, list) or not messages:
         raise Failure("invalid_messages")
     for index, message in enumerate(messages):
-        told = ""
-        if not isinstance(message, dict):
-            told = "must be an object"
-        elif message.get("role") not in ROLES:
-            told = f"needs a role out of {', '.join(ROLES)}"
-        elif isinstance(content := message.get("content"), list):
-            told = "" if all(isinstance(part, dict) for part in content) else "has bad parts"
-        elif not isinstance(content, str | None):
-            told = "needs as content text, parts or null"
-        if told:
-            raise Failure("invalid_messages", f"messages[{index}] {told}.")
+        role, content = None, None
+        if isinstance(message, dict):
+            role, content = message.get("role"), message.get("content")
+        parts = content if isinstance(content, list) else []
+        good = isinstance(content, str | list | None) and all(isinstance(p, dict) for p in parts)
+        if role not in ROLES or not good:
+            told = f"a role out of {', '.join(ROLES)}, and as content text, parts or null"
+            raise Failure("invalid_messages", f"messages[{index}] needs {told}.")
 
 
 def choose_model(asked: Any, allowed: tuple[str, ...]) -> str:
@@ -724,20 +720,6 @@ class Upstream:
                 body = await read_whole(answer, self.settings.max_event_bytes)
         return reported(body, "upstream_rejected", status=status, headers=kept, cause=cause)
 
-    async def models(self, stream: Stream) -> list[str]:
-        """The names that the upstream lists. Raises Failure."""
-        try:
-            async with asyncio.timeout(self.settings.connect_seconds):
-                answer = await self.ask(stream, "/models")
-                listed = parse_object(await read_whole(answer, self.settings.max_event_bytes))
-            return [each["id"] for each in listed["data"] if isinstance(each["id"], str)]
-        except TimeoutError:
-            raise Failure("upstream_timeout") from None
-        except (ValueError, RecursionError, KeyError, TypeError, *BROKEN):
-            raise Failure("upstream_invalid", "The model server lists no models.") from None
-        finally:
-            stream.let_upstream_go()
-
 
 # ---- Who gets in -------------------------------------------------------------------------
 # A page on another origin, or one whose name was rebound to this machine's address, must not
@@ -768,14 +750,6 @@ def check_origin(request: web.BaseRequest, hosts: set[str]) -> None:
         raise Failure("forbidden_origin")
 
 
-def check_token(request: web.BaseRequest, token: str) -> None:
-    scheme, _, sent = request.headers.get("Authorization", "").partition(" ")
-    # compare_digest takes a time that does not tell where the two differ
-    right = hmac.compare_digest(sent.strip().encode(errors="surrogateescape"), token.encode())
-    if token and not (right and scheme.lower() == "bearer"):
-        raise Failure("invalid_token", headers={"WWW-Authenticate": "Bearer"})
-
-
 def route(server: Chatstream, request: web.BaseRequest) -> Handler:
     """The handler of a request that may come in. Raises Failure."""
     path, headers = request.path, request.headers
@@ -793,8 +767,12 @@ def route(server: Chatstream, request: web.BaseRequest) -> Handler:
     is_plain = headers.get("Content-Encoding", "identity").lower() == "identity"
     if method == "POST" and not (is_plain and request.content_type == "application/json"):
         raise Failure("unsupported_media_type")
-    if guarded and path != "/":
-        check_token(request, server.settings.token)
+    if guarded and path != "/" and (token := server.settings.token):
+        scheme, _, sent = headers.get("Authorization", "").partition(" ")
+        # compare_digest takes a time that does not tell where the two differ
+        same = hmac.compare_digest(sent.strip().encode(errors="surrogateescape"), token.encode())
+        if not (same and scheme.lower() == "bearer"):
+            raise Failure("invalid_token", headers={"WWW-Authenticate": "Bearer"})
     return handler
 
 
@@ -814,17 +792,15 @@ PAGE_HEADERS = {
 def page_policy(html: str) -> str:
     """Only the script and the style that stand in the file may run: their hashes are taken
     from it, so that the policy cannot drift from the page."""
-    policy = "default-src 'none'; "
-    for tag in ("script", "style"):
-        policy += f"{tag}-src"
-        for block in re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL):
-            digest = base64.b64encode(hashlib.sha256(block.encode()).digest()).decode()
-            policy += f" 'sha256-{digest}'"
-        policy += "; "
-    return policy + (
-        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-        "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+    policy = (
+        "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; "
+        "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; "
+        "trusted-types 'none'"
     )
+    for tag, code in re.findall(r"<(script|style)>(.*?)</\1>", html, re.DOTALL):
+        digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+        policy += f"; {tag}-src 'sha256-{digest}'"
+    return policy
 
 
 async def page(server: Chatstream, stream: Stream) -> web.StreamResponse:
@@ -839,9 +815,24 @@ async def models(server: Chatstream, stream: Stream) -> web.StreamResponse:
     names = dict.fromkeys(server.settings.model)  # in their order, each once
     if "*" in names:
         del names["*"]
-        names |= dict.fromkeys(await server.upstream.models(stream))
+        names |= await listed_models(server, stream)
     data = [{"id": name, "object": "model"} for name in names]
     return web.json_response({"object": "list", "data": data})
+
+
+async def listed_models(server: Chatstream, stream: Stream) -> dict[str, None]:
+    """The names that the upstream lists. Raises Failure."""
+    try:
+        async with asyncio.timeout(server.settings.connect_seconds):
+            answer = await server.upstream.ask(stream, "/models")
+            listed = parse_object(await read_whole(answer, server.settings.max_event_bytes))
+        return {each["id"]: None for each in listed["data"] if isinstance(each["id"], str)}
+    except TimeoutError:
+        raise Failure("upstream_timeout") from None
+    except (ValueError, RecursionError, KeyError, TypeError, *BROKEN):
+        raise Failure("upstream_invalid", "The model server lists no models.") from None
+    finally:
+        stream.let_upstream_go()
 
 
 async def probe(server: Chatstream, stream: Stream) -> web.StreamResponse:
@@ -1295,7 +1286,7 @@ async def serve(chosen: Settings) -> None:
     """Runs until the first SIGINT or SIGTERM, then drains; a second one ends it at once."""
     loop, stopping = asyncio.get_running_loop(), asyncio.Event()
 
-    def on_signal(number: int, frame: FrameType | None) -> None:
+    def on_signal(*_: object) -> None:
         if stopping.is_set():
             os._exit(1)
         loop.call_soon_threadsafe(stopping.set)
