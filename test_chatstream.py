@@ -562,7 +562,7 @@ class Quirks(unittest.TestCase):
     """What upstreams really send (the sources stand in the names), cut in every way."""
 
     def feed(self, body: bytes, cuts: list[int], cut: bool = False) -> tuple[bytes, Relay]:
-        relay, out = Relay(100_000), b""
+        relay, out = Relay(chatstream.EventParser(100_000)), b""
         bounds = [0, *cuts, len(body)]
         for start, end in itertools.pairwise(bounds):
             if start < end and not (relay.done or relay.failure):
