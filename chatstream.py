@@ -50,7 +50,6 @@ from aiohttp import web
 # ---- Server-sent events ------------------------------------------------------------------
 # Bytes in, events out. Needs nothing else of this file: copy it where you like.
 
-
 BOM = b"\xef\xbb\xbf"  # byte order mark, in UTF-8
 
 
@@ -77,6 +76,8 @@ class EventParser:
                 continue
             name, _, value = line.removeprefix(BOM).partition(b":")  # b'data: {"choices":[…]}'
             value = value.removeprefix(b" ")
+            if name == b"error":  # a field in llama.cpp through 2025 (ggml-org/llama.cpp#16109)
+                self.name, name = name, b"data"
             if name == b"data":
                 self.data += value + b"\n"
             elif name == b"event":
