@@ -689,7 +689,7 @@ class Settings:
 
     api_key: str = setting("", "secret", "the upstream's key; without it or a URL: the demo")
     base_url: str = setting("", "url", "any OpenAI-compatible upstream")
-    model: tuple[str, ...] = setting(("gpt-4o-mini",), "names", "allowed, default first; * = any")
+    model: tuple[str, ...] = setting(("gpt-4o-mini",), "names", "models, default first; * = any")
     host: str = setting("127.0.0.1", "text", "address to listen on; a public one needs a token")
     port: int = setting(8080, "port", "port; 0 = any free one")
     token: str = setting("", "secret", "access token that clients must send")
