@@ -8,7 +8,7 @@
 
 The way of one token, from the upstream (any OpenAI-compatible model server) to the client:
 
-    upstream ──bytes──> EventParser ──events──> Relay ──`data: {…}\\n\\n`──> client
+    upstream ──bytes──> EventParser ──events──> Relay ──`data: {…}↵↵`──> client
         ^               lines, any split        what may go out              │
         └───────── abort: the client left, the time is up, we shut down ─────┘
 
@@ -32,6 +32,7 @@ import os
 import re
 import select
 import signal
+import socket
 import ssl
 import sys
 import time
@@ -48,7 +49,7 @@ import aiohttp
 from aiohttp import web
 
 # ---- Server-sent events ------------------------------------------------------------------
-# Bytes in, events out. Needs nothing else of this file: copy it where you like.
+# Bytes in, events out. Needs dataclass, field and Iterator, no more: copy it where you like.
 
 BOM = b"\xef\xbb\xbf"  # byte order mark, in UTF-8
 
@@ -71,32 +72,30 @@ class EventParser:
             if not line:  # a blank line ends the event
                 name, data = self.name, bytes(self.data)[:-1]
                 self.name, self.data = b"", bytearray()
-                if data.strip(b"\n"):
+                if data.strip():
                     yield name, data
                 continue
             name, _, value = line.removeprefix(BOM).partition(b":")  # b'data: {"choices":[…]}'
             value = value.removeprefix(b" ")
-            if name == b"error":  # a field in llama.cpp through 2025 (ggml-org/llama.cpp#16109)
-                self.name, name = name, b"data"
             if name == b"data":
                 self.data += value + b"\n"
             elif name == b"event":
                 self.name = value
             elif name not in (b"", b"id", b"retry"):  # b"": a comment
                 self.stray = True
-            if len(self.data) > self.limit + 1:
+            if len(self.data) > self.limit + 1:  # with its last LF
                 raise OverflowError
         if len(self.partial) > self.limit + len("data: "):
             raise OverflowError
 
     def lines(self, piece: bytes) -> list[bytes]:
         """The lines that this piece completes; keeps the rest for the next one."""
-        if self.after_cr and piece.startswith(b"\n"):
-            piece = piece[1:]
-        self.after_cr = piece.endswith(b"\r")
+        if self.after_cr and piece:
+            piece, self.after_cr = piece.removeprefix(b"\n"), False
+        self.after_cr = self.after_cr or piece.endswith(b"\r")
         # On bytes, splitlines() ends a line at LF, CRLF and CR, as the standard does. On str
         # it would end one at U+2028 too, which is text.
-        *lines, rest = (piece + b"|").splitlines()  # the mark: what stands before it has no end
+        *lines, rest = (piece + b"|").splitlines()  # the mark: so the last one never has its end
         if lines and self.partial:
             lines[0] = bytes(self.partial) + lines[0]
             self.partial.clear()
@@ -112,6 +111,11 @@ class EventParser:
 DONE = b"data: [DONE]\n\n"
 HEARTBEAT = b": keep-alive\n\n"
 
+# One event, framed as we frame it. To parse JSON is the dearest thing that a relay does: an event
+# that differs from the last good one in the plain text of its content alone, where no quote, no
+# backslash and no half a character can hide, is as good as that one, and goes out unparsed.
+LONE = re.compile(rb'(data: .*"content": ?")[^"\\\x00-\x1f\x80-\xff]*(".*\n\n)')
+
 
 @dataclass(slots=True)
 class Relay:
@@ -124,10 +128,15 @@ class Relay:
     finished: bool = False  # a `finish_reason` came: the end may follow without [DONE]
     done: bool = False
     failure: Failure | None = None
+    around: tuple[bytes, ...] | None = None  # of the last good event, what stood around its text
 
     def feed(self, piece: bytes) -> bytes:
-        """What goes out now that this piece has come: each event as b"data: PAYLOAD\\n\\n"."""
-        out = []
+        """What goes out now that this piece has come: each event as b"data: PAYLOAD↵↵"."""
+        found, out = LONE.fullmatch(piece), []
+        around = found.groups() if found and len(piece) <= self.parser.limit else None
+        if around and around == self.around:
+            self.heard, self.events = self.heard + 1, self.events + 1
+            return piece
         try:
             for name, data in self.parser.feed(piece):
                 self.heard += 1
@@ -138,6 +147,7 @@ class Relay:
             self.failure = Failure("event_too_large")
         except Failure as failure:
             self.failure = failure
+        self.around = around if out == [piece] and not self.finished else None
         return b"".join(out)
 
     def check(self, name: bytes, data: bytes) -> bytes:
@@ -147,9 +157,7 @@ class Relay:
                 raise Failure("empty_stream")
             self.done = True
             return DONE
-        if name == b"error":
-            raise reported(data, "upstream_error", cause="an error event")
-        chunk = parse_object(data)
+        chunk = {"error": "…"} if name == b"error" else parse_object(data)
         if chunk.get("error") or chunk.get("object") == "error":
             raise reported(data, "upstream_error", cause="an error in the stream")
         choices = chunk.get("choices")
@@ -163,16 +171,16 @@ class Relay:
                     chunk["object"] = "chat.completion.chunk"
                     data, self.finished = encode_json(chunk).encode(), True
         self.events += 1
-        return b"data: %b\n\n" % data.replace(b"\n", b" ")  # between two tokens of JSON
+        return b"data: %b\n\n" % data.replace(b"\n", b" ")  # in JSON a bare LF is only space
 
     def close(self, cut: bool = False) -> bytes:
         """What goes out now that the bytes have ended: in good order, or `cut` off. Here alone
         it is said whether that was the end of an answer."""
         out = b"" if cut else self.feed(b"\n\n")  # the last event may lack its blank line
-        inside = self.failure and self.failure.code == "upstream_invalid"  # a payload cut in two
-        if self.done or (self.failure and not inside):
+        half = self.failure and self.failure.code == "upstream_invalid"  # a payload cut in two
+        if self.done or (self.failure and not half):
             return out
-        if cut or inside or (self.events and not self.finished):
+        if cut or half or (self.events and not self.finished):
             self.failure = Failure("stream_truncated")
         elif self.events:
             self.done = True
@@ -198,12 +206,13 @@ class Stream:
     """A request on its way: what its handler, its watcher, the drain and the log share."""
 
     request: web.BaseRequest
-    task: asyncio.Task[Any]  # its handler's
-    transport: asyncio.Transport  # to the client
+    transport: Any  # asyncio's, to the client
     relay: Relay
     id: str
     started: float = field(default_factory=time.monotonic)
-    watcher: asyncio.Task[None] | None = None  # once its body is here
+    task: Any = field(default_factory=asyncio.current_task)  # its handler's
+    clock: Iterator[bool] | None = None  # once it counts as a stream
+    active: bool = False  # the request's body is here
     answer: aiohttp.ClientResponse | None = None  # the upstream's
     response: web.StreamResponse | None = None  # ours, once its status is 200
     written: int = 0  # bytes
@@ -226,8 +235,8 @@ class Stream:
         response = self.response or await self.open()
         self.written += len(data)
         if len(data) < 2**15 and not self.transport.get_write_buffer_size():
-            await response.write(data)  # below 2**16 bytes asyncio makes nobody wait
-        else:  # shielded, since a wait of aiohttp's that was cancelled could never be taken up
+            await response.write(data)  # so little never waits
+        else:  # aiohttp cannot take up again a wait that was cancelled, and `end` must: a shield
             await asyncio.shield(response.write(data))
 
     async def end(self, last: bytes) -> web.StreamResponse:
@@ -250,24 +259,26 @@ class Stream:
 
 
 async def chat(server: Chatstream, stream: Stream) -> web.StreamResponse:
-    """Check the request; ask the upstream; relay what it says; let it go, come what may.
-
-    Raises Failure, and CancelledError when the client has left or after `Stream.stop`."""
+    """Check the request; ask the upstream; relay what it says; let it go, come what may. Raises
+    Failure, and CancelledError: when the client has left (see `listen`), or by `Stream.stop`."""
     settings = server.settings
     if len(server.streams) >= server.max_streams:
         raise Failure("too_many_streams")
-    server.streams.add(stream)  # before its body, which takes memory
-    body = check_chat(await read_body(stream, settings), settings.model)
-    stream.watcher = asyncio.create_task(watch(stream, settings))
-    async with ask(server, stream, "chat/completions", body) as answer:
+    server.streams.add(stream)  # before its body, which takes memory; `settle` takes it out
+    stream.clock = clock(stream, settings)
+    # A large buffer in the kernel would hide for long that a slow client takes what it can.
+    stream.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**16)
+    body = check_chat(await read_body(stream, settings.max_body_bytes), settings.model)
+    stream.active = True
+    async with ask(server, stream, "chat/completions", body) as answer:  # aborted in the end
         del body  # a long conversation need not stay in memory while its answer streams
         last = await pass_on(stream, answer)
     return await stream.end(last)
 
 
 async def pass_on(stream: Stream, answer: aiohttp.ClientResponse) -> bytes:
-    """Relays each event the moment its last byte is in; returns the last one. Raises Failure.
-    Until the first there is no status: what fails before it gets an honest one."""
+    """Relays each event the moment its last byte is in; returns the last bytes. Raises Failure.
+    The status waits for the first event or heartbeat: what fails before gets an honest one."""
     relay, read = stream.relay, answer.content.readany
     if answer.content_type == "application/json":  # an answer in one piece
         read = partial(read_as_event, answer.content, relay.parser.limit)
@@ -286,44 +297,39 @@ async def pass_on(stream: Stream, answer: aiohttp.ClientResponse) -> bytes:
     raise relay.failure
 
 
-async def watch(stream: Stream, settings: Settings) -> None:
-    """Runs beside a stream: heartbeats while the upstream is silent, an end when it or the
-    client is silent for too long. It looks now and then at what has moved, because a deadline
-    set anew at every read and write would cost more than they do."""
-    limits = (settings.idle_seconds, settings.write_seconds, settings.heartbeat_seconds)
-    look_seconds = max(0.01, min(1.0, min(limits) / 10))
-    heard = sent = taken = 0
-    heard_at = sent_at = taken_at = time.monotonic()
+def clock(stream: Stream, settings: Settings) -> Iterator[bool]:
+    """Looked at now and then: a deadline set anew at every read and write would cost more. Ends a
+    stream whose upstream or client is silent for too long; gives True when a heartbeat is due."""
+    heard = told = taken = 0
+    heard_at = told_at = taken_at = stream.started
     while True:
-        await asyncio.sleep(look_seconds)
-        now, waiting = time.monotonic(), stream.transport.get_write_buffer_size()
-        if stream.written - waiting > taken or not waiting:
-            taken, taken_at = stream.written - waiting, now
-        if stream.relay.heard > heard or waiting:  # while the client is slow the upstream waits
-            heard, heard_at = stream.relay.heard, now
-        if stream.relay.events > sent or waiting:
-            sent, sent_at = stream.relay.events, now
+        now, unsent = time.monotonic(), stream.transport.get_write_buffer_size()
         is_refusal = stream.answer and not stream.answer.ok  # its status is ours to tell
-        if now - taken_at >= settings.write_seconds:
+        is_excused = unsent or is_refusal or not stream.active  # the client's turn, or ours
+        if stream.active and (stream.written - unsent > taken or not unsent):
+            taken, taken_at = stream.written - unsent, now
+        if stream.relay.heard > heard or is_excused:
+            heard, heard_at = stream.relay.heard, now
+        if stream.relay.events > told or is_excused or stream.ending:
+            told, told_at = stream.relay.events, now
+        if now - taken_at >= settings.write_seconds and not stream.active:
+            stream.stop(Failure("request_timeout"))
+        elif now - taken_at >= settings.write_seconds:
             stream.transport.abort()  # aiohttp now cancels the handler, as for a closed tab
         elif now - heard_at >= settings.idle_seconds:
             stream.stop(Failure("upstream_timeout", cause="no event in CHATSTREAM_IDLE_SECONDS"))
-        elif now - sent_at >= settings.heartbeat_seconds and not (is_refusal or stream.ending):
-            sent_at = now
-            with suppress(ConnectionError):
-                await stream.write(HEARTBEAT)
+        is_due = now - told_at >= settings.heartbeat_seconds and not stream.failure
+        told_at = now if is_due else told_at
+        yield is_due
 
 
 async def handle(server: Chatstream, request: web.BaseRequest) -> web.StreamResponse:
-    """Every request comes and goes here."""
-    name = request.headers.get("X-Request-Id", "")
-    if not re.fullmatch(r"[\w.-]{1,128}", name, re.ASCII):
-        name = os.urandom(12).hex()
-    task, transport = asyncio.current_task(), request.transport
-    if not (task and transport):
-        return web.Response()  # nobody is there any more
+    """One request: `respond` answers it, `settle` counts and logs it."""
+    request_id = request.headers.get("X-Request-Id", "")
+    if not re.fullmatch(r"[\w.-]{1,128}", request_id, re.ASCII):
+        request_id = os.urandom(12).hex()
     relay = Relay(EventParser(server.settings.max_event_bytes))
-    stream = Stream(request, task, transport, relay, name)
+    stream = Stream(request, request.transport, relay, request_id)
     server.requests.add(stream)
     try:
         response = await respond(server, stream)
@@ -410,7 +416,7 @@ class Failure(Exception):
 
     def body(self, request_id: str, secrets: list[str]) -> bytes:
         """`{"error": {"message": "…", "type": "…", "param": null, "code": "…", …}}`, in which
-        no secret stands, even if the upstream quoted one."""
+        none of the secrets stands, even if the upstream quoted one."""
         error = {name: getattr(self, name) for name in ("message", "type", "param", "code")}
         for secret in secrets:
             error = {name: text and text.replace(secret, "***") for name, text in error.items()}
@@ -469,7 +475,7 @@ def check_chat(data: bytes, allowed: tuple[str, ...]) -> bytes:
             raise Failure("invalid_messages")
         for index, message in enumerate(messages):
             if not is_message(message):
-                raise Failure("invalid_messages", f"messages[{index}] lacks a role or content.")
+                raise Failure("invalid_messages", f"messages[{index}]: bad role or content.")
         model = allowed[0] if chat.get("model") is None else chat["model"]
         if not isinstance(model, str) or model == "*":
             raise Failure("invalid_request", "`model` is required; GET /v1/models lists them.")
@@ -496,18 +502,15 @@ async def read_whole(content: aiohttp.StreamReader, limit: int) -> bytes:
     return bytes(body)
 
 
-async def read_body(stream: Stream, settings: Settings) -> bytes:
-    """The request's body. Raises Failure."""
-    request, limit = stream.request, settings.max_body_bytes
+async def read_body(stream: Stream, limit: int) -> bytes:
+    """The request's body. Raises Failure; how long it may take, the clock knows."""
+    request = stream.request
     if (request.content_length or 0) > limit:
         raise Failure("body_too_large")
     if request.headers.get("Expect", "").lower() == "100-continue":
         stream.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")  # aiohttp's server does not
     try:
-        async with asyncio.timeout(settings.write_seconds):
-            body = await read_whole(request.content, limit)
-    except TimeoutError:
-        raise Failure("request_timeout") from None
+        body = await read_whole(request.content, limit)
     except (web.RequestPayloadError, aiohttp.http_exceptions.HttpProcessingError):
         raise Failure("invalid_request", "The request body's encoding is broken.") from None
     if len(body) > limit:
@@ -520,12 +523,10 @@ async def read_body(stream: Stream, settings: Settings) -> bytes:
 OPENAI_URL = "https://api.openai.com/v1"
 BROKEN = (aiohttp.ClientError, aiohttp.http_exceptions.HttpProcessingError, OSError)
 NO_FILES = (errno.EMFILE, errno.ENFILE)
-Asked = AsyncIterator[aiohttp.ClientResponse]
 
 
 class UpstreamAnswer(aiohttp.ClientResponse):
-    """An answer that is let go at once, since tokens cost money: aiohttp alone would say goodbye,
-    and over TLS wait for one. It closes an answer whose head has not come yet, too."""
+    """One that is let go at once, its head here or not: tokens cost money, and goodbyes time."""
 
     def close(self) -> None:
         if self.connection and self.connection.transport:  # else it has been read to the end
@@ -534,8 +535,7 @@ class UpstreamAnswer(aiohttp.ClientResponse):
 
 
 def environment_proxy(url: str) -> str | None:
-    """The proxy that the environment names for a URL. Found once, at the start: aiohttp's
-    trust_env would look anew for every request, and read passwords from .netrc besides."""
+    """Found once, at the start: aiohttp's trust_env looks for each request, and reads .netrc."""
     parts, proxies = urlsplit(url), urllib.request.getproxies()
     if is_loopback(parts.hostname or "") or urllib.request.proxy_bypass(parts.netloc):
         return None
@@ -565,14 +565,14 @@ def open_session(settings: Settings) -> aiohttp.ClientSession:
 
 
 @asynccontextmanager
-async def ask(server: Chatstream, stream: Stream, path: str, body: bytes = b"") -> Asked:
-    """The answer to a GET, or to a POST of a body, if it is a good one; in the end it is let
-    go, come what may. Raises Failure."""
+async def ask(
+    server: Chatstream, stream: Stream, path: str, body: bytes = b""
+) -> AsyncIterator[Any]:
+    """The answer, if it is a good one; in the end it is let go, come what may. Raises Failure."""
     method, headers = "POST" if body else "GET", {"X-Request-Id": stream.id}
-    how: Any = {"headers": headers, "allow_redirects": False}  # the key would travel along
-    try:
+    try:  # no redirects: the key would travel along
         answer = stream.answer = await server.session.request(
-            method, path, data=body or None, **how
+            method, path, data=body or None, headers=headers, allow_redirects=False
         )
     except BROKEN as error:
         code = "upstream_unreachable"
@@ -603,7 +603,7 @@ async def refusal(answer: aiohttp.ClientResponse) -> Failure:
     with suppress(TimeoutError, *BROKEN):  # its body is worth a moment, no more
         async with asyncio.timeout(2):
             body = await read_whole(answer.content, 2**16)
-    told = {name: value for name, value in answer.headers.items() if value.isascii()}
+    told = {name: value for name, value in answer.headers.items() if re.fullmatch("[ -~]*", value)}
     kept = {name: told[name] for name in told if re.match("(?i)retry-after$|x-ratelimit-", name)}
     return reported(body, "upstream_rejected", status=status, headers=kept, cause=cause)
 
@@ -615,9 +615,8 @@ async def read_as_event(content: aiohttp.StreamReader, limit: int) -> bytes:
 
 
 # ---- Who gets in -------------------------------------------------------------------------
-# A page on another origin, or one whose name was rebound to this machine's address, must not
-# be able to spend the key. Browsers tell of both in headers that no page can change, and ask
-# before they send JSON from elsewhere.
+# A page on another origin, or one whose name was rebound to this machine, must not spend the
+# key. Browsers tell of both in headers that no page can change, and ask before JSON goes out.
 
 
 def is_loopback(host: str) -> bool:
@@ -663,9 +662,9 @@ class BadSetting(Exception):
 
 
 PORT = r"(6553[0-5]|655[0-2]\d|65[0-4]\d\d|6[0-4]\d{3}|[1-5]?\d{1,4})"
-HTTP_URL = rf"https?://(\[[0-9a-f:.]+\]|[^\s/?#@:[\]]+)(:{PORT})?(/[^\s?#@]*)?"
+HTTP_URL = rf"(?i:https?)://(\[[0-9a-fA-F:.]+\]|[\w-]+(\.[\w-]+)*\.?)(:{PORT})?(/[^\s?#@]*)?"
 FORMS = {  # of a value: how it is written, and in words
-    "text": (".+", "text"),
+    "text": (".+", "a name or address"),
     "names": (r"[\s,]*[^\s,].*", "names, separated by commas"),
     "secret": ("[!-~]+", "visible ASCII, since it travels in a header"),
     "url": (HTTP_URL, "a URL like http://localhost:11434/v1, without password, ? and #"),
@@ -678,14 +677,13 @@ FORMS = {  # of a value: how it is written, and in words
 
 
 def setting(default: Any, form: str, what: str) -> Any:
-    """A field of Settings: its default, a key of FORMS, and its line in --help."""
+    """A field: its default, a key of FORMS, its line in --help. A secret stays out of the repr."""
     return field(default=default, repr=form != "secret", metadata={"form": form, "what": what})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that can be set. Secrets have no flag (anybody on the machine can read those) and
-    no place in the `repr`. Raises BadSetting where the set-up would not be safe."""
+    """All that can be set. Raises BadSetting where the set-up would not be safe."""
 
     api_key: str = setting("", "secret", "the upstream's key; without it or a URL: the demo")
     base_url: str = setting("", "url", "any OpenAI-compatible upstream")
@@ -708,8 +706,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         if not self.token and not is_loopback(self.host):
-            told = "needs CHATSTREAM_TOKEN, lest others spend your key"
-            raise BadSetting(f"CHATSTREAM_HOST={self.host!r} {told}; or listen on 127.0.0.1")
+            raise BadSetting(f"CHATSTREAM_HOST={self.host!r}: set CHATSTREAM_TOKEN, or 127.0.0.1")
         if bool(self.tls_cert) != bool(self.tls_key):
             raise BadSetting("CHATSTREAM_TLS_CERT and CHATSTREAM_TLS_KEY: set both or neither")
 
@@ -722,15 +719,15 @@ def variable(name: str) -> str:
 
 def read_settings(environ: Mapping[str, str], arguments: list[str]) -> Settings:
     """Settings from flags, else variables, else defaults. Raises BadSetting."""
-    what = "Streams OpenAI-compatible completions to a chat page. A flag beats its variable."
-    secrets = "Secrets have a variable and no flag: OPENAI_API_KEY, CHATSTREAM_TOKEN."
-    parser = argparse.ArgumentParser("chatstream.py", None, what, secrets, allow_abbrev=False)
+    what = "A flag beats its variable. Secrets have no flag: OPENAI_API_KEY, CHATSTREAM_TOKEN."
+    parser = argparse.ArgumentParser(description=what, allow_abbrev=False)
     for each in fields(Settings):
         if each.repr:
             default = ",".join(each.default) if isinstance(each.default, tuple) else each.default
             told = f"{each.metadata['what']} [{variable(each.name)}={default}]"
-            flag = "--" + each.name.replace("_", "-")  # alone, as in --reuse-port, it means true
-            parser.add_argument(flag, metavar="VALUE", help=told, nargs="?", const="true")
+            flag = "--" + each.name.replace("_", "-")
+            alone = "true" if each.default is False else "\n"  # no form has a line end
+            parser.add_argument(flag, metavar="VALUE", help=told, nargs="?", const=alone)
     flags, unknown = parser.parse_known_args(arguments)
     if unknown:  # its value may be a secret
         raise BadSetting(f"no such flag: {unknown[0].partition('=')[0]}; --help lists the flags")
@@ -759,9 +756,9 @@ def convert(each: Field[Any], text: str) -> Any:
 
 async def listen(handler: Any, host: str, port: int, **how: Any) -> web.ServerRunner:
     """aiohttp's low-level server, listening. Raises OSError or ValueError where it cannot."""
-    # Without cancellation a silent upstream outlives its reader; inflated, 60 KB become 60 MB.
-    rules: Any = {"handler_cancellation": True, "auto_decompress": False, "access_log": None}
-    runner = web.ServerRunner(web.Server(handler, **rules), shutdown_timeout=0.2)
+    # Cancelled, else a silent upstream outlives its reader; inflated, 60 KB become 60 MB.
+    server = web.Server(handler, handler_cancellation=True, auto_decompress=False, access_log=None)
+    runner = web.ServerRunner(server, shutdown_timeout=0.2)
     await runner.setup()
     await web.TCPSite(runner, host, port, **how).start()
     return runner
@@ -805,7 +802,7 @@ def page_headers(html: bytes, https: bool) -> dict[str, str]:
 
 
 class Histogram:
-    """Seconds, in OpenTelemetry's buckets for GenAI: 0.01 s doubling to 327.68 s."""
+    """Seconds: 0.01 s doubling to 327.68 s (OpenTelemetry's buckets for GenAI, and two more)."""
 
     def __init__(self) -> None:
         self.below = {0.01 * 2**power: 0 for power in range(16)}
@@ -830,7 +827,7 @@ class Chatstream:
         self.page_headers = page_headers(self.html, bool(settings.tls_cert))
         addresses = re.findall(r"//([^/]+:\d+)", settings.base_url)
         words = (settings.api_key, settings.token, *addresses)
-        self.secrets = [word for word in words if len(word) > 8]
+        self.secrets = [word for word in words if len(word) > 8 or word in addresses]
         self.hosts = {name.lower() for name in settings.allowed_hosts}
         if is_loopback(settings.host):
             self.hosts |= {"localhost", "127.0.0.1", "[::1]", settings.host}
@@ -852,18 +849,29 @@ class Chatstream:
                 tls.load_cert_chain(settings.tls_cert, settings.tls_key, password="")
             how = {"ssl_context": tls, "reuse_port": settings.reuse_port or None}
             self.runner = await listen(partial(handle, self), settings.host, settings.port, **how)
+            self.watcher = asyncio.create_task(self.watch())
         except (OSError, ValueError) as error:
             await self.session.close()
-            told = f"CHATSTREAM_HOST={settings.host}, CHATSTREAM_PORT={settings.port}: {error}; "
-            told += "choose a free port of this machine, and PEM files without a password for TLS"
-            raise BadSetting(told) from None
+            names = ("host", "port", "tls_cert", "tls_key")
+            told = " ".join(f"{variable(name)}={getattr(settings, name)}" for name in names)
+            raise BadSetting(f"{told}: {error}; take a free port, PEM without a password") from None
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         return f"http{'s' if tls else ''}://{host}:{self.runner.addresses[0][1]}"
 
+    async def watch(self) -> None:
+        """Looks at the clock of each stream."""
+        settings = self.settings
+        least = min(settings.idle_seconds, settings.write_seconds, settings.heartbeat_seconds)
+        while True:
+            await asyncio.sleep(max(0.01, min(1.0, least / 10)))
+            for stream in list(self.streams):
+                if stream.clock and next(stream.clock):
+                    with suppress(ConnectionError):
+                        await stream.write(HEARTBEAT)
+
     def settle(self, stream: Stream) -> None:
         """A request has ended: counts it, in one outcome, and writes its line in the log."""
-        if stream.watcher:
-            stream.watcher.cancel()
+        stream.clock = None
         self.requests.discard(stream)
         self.streams.discard(stream)
         failure, events, first = stream.failure, stream.relay.events, stream.first_event
@@ -889,24 +897,22 @@ class Chatstream:
         for site in list(self.runner.sites):
             await site.stop()
         for stream in self.streams:
-            if not stream.watcher:
+            if not stream.active:  # its body is still to come
                 stream.stop(Failure("server_draining"))
-        await self.wait_for_requests(self.settings.drain_seconds)  # 2. running ones go on
-        for stream in self.requests:  # 3. those left are told
-            stream.stop(Failure("server_draining", outcome="drained"))
-        await self.wait_for_requests(1.0)
-        for stream in self.requests:  # 4. those that do not even read that are dropped
-            stream.transport.abort()
+        for seconds, is_last in ((self.settings.drain_seconds, False), (1.0, True)):
+            if self.requests:  # 2. running ones go on; 3. those left are told; 4. or dropped
+                await asyncio.wait([each.task for each in self.requests], timeout=seconds)
+            for stream in self.requests:
+                stream.stop(Failure("server_draining", outcome="drained"))
+                if is_last:
+                    stream.transport.abort()
         await self.runner.cleanup()
         await self.session.close()
-
-    async def wait_for_requests(self, seconds: float) -> None:
-        if self.requests:
-            await asyncio.wait([each.task for each in self.requests], timeout=seconds)
+        self.watcher.cancel()
 
     async def page(self, stream: Stream) -> web.StreamResponse:
         had = stream.request.headers.get("If-None-Match", "")
-        if self.page_headers["ETag"] in had or had == "*":
+        if had == "*" or self.page_headers["ETag"] in had:
             return web.Response(status=304, headers=self.page_headers)
         return web.Response(body=self.html, headers=self.page_headers)
 
@@ -933,14 +939,14 @@ class Chatstream:
 
     async def metrics(self, stream: Stream) -> web.StreamResponse:
         """Prometheus' text format, version 0.0.4. No label comes from a client."""
-        active = sum(bool(each.watcher) for each in self.streams)
+        active = sum(each.active for each in self.streams)
         outcomes = {f'{{outcome="{name}"}}': count for name, count in self.outcomes.items()}
         first, whole = self.first_chunk.samples(), self.duration.samples()
         genai = "gen_ai_client_operation"  # OpenTelemetry's name
         lines = []
         for name, kind, what, samples in (
             ("chatstream_active_streams", "gauge", "Streams running now.", {"": active}),
-            ("chatstream_draining", "gauge", "1 while shutting down.", {"": +self.draining}),
+            ("chatstream_draining", "gauge", "1 while shutting down.", {"": int(self.draining)}),
             ("chatstream_max_streams", "gauge", "Most streams at once.", {"": self.max_streams}),
             ("chatstream_streams_total", "counter", "Requests, by how they ended.", outcomes),
             ("chatstream_events_total", "counter", "Chunks relayed.", {"": self.events}),
@@ -972,17 +978,13 @@ ROUTES: dict[str, tuple[str, Handler]] = {
 DEMO_MODELS = ("demo", "demo-slow-start", "demo-cut-off", "demo-error", "demo-rate-limit")
 DEMO_ANSWER = """\
 # Hello from the demo
-
-This is **not a model**, but a small upstream inside `chatstream.py` that answers word by word,
-as a model does; its other models show what goes wrong in real life. You asked:
-
-> {question}
-
-To leave the demo, set `OPENAI_API_KEY` for OpenAI, or the address of any compatible server:
-
+This is **not a model**, but a small upstream inside `chatstream.py`; its other models show what
+goes wrong in real life. To leave it, set `OPENAI_API_KEY`, or the address of any model server:
 ```sh
 OPENAI_BASE_URL=http://localhost:11434/v1 OPENAI_MODEL=llama3.2 python chatstream.py
 ```
+You asked:
+> {question}
 """
 
 
@@ -1004,8 +1006,7 @@ async def demo_upstream(silence: float, request: web.BaseRequest) -> web.StreamR
     for delta in deltas:
         choice = {"index": 0, "delta": delta, "finish_reason": None if delta else "stop"}
         chunk = {"id": "chatcmpl-demo", "object": "chat.completion.chunk", "choices": [choice]}
-        usage = {} if delta else {"usage": {"completion_tokens": len(words)}}
-        await response.write(b"data: %b\n\n" % encode_json(chunk | usage).encode())
+        await response.write(b"data: %b\n\n" % encode_json(chunk).encode())
         await asyncio.sleep(0.02)
     if model == "demo-error":
         error = {"message": "The demo model ran out of memory.", "code": "out_of_memory"}
@@ -1044,13 +1045,13 @@ class Quiet:
     """A filter for the logs of aiohttp and asyncio. Malformed HTTP is answered, and no reason
     for a traceback. That no file is left for a connection is told at most once a second."""
 
-    told_at = 0.0
+    told_at = 0
 
     def __call__(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
         if isinstance(error, OSError) and error.errno in NO_FILES:
-            is_due, self.told_at = record.created - self.told_at >= 1, record.created
-            return is_due
+            before, self.told_at = self.told_at, int(record.created)
+            return self.told_at > before
         return not isinstance(error, aiohttp.http_exceptions.HttpProcessingError)
 
 
@@ -1091,7 +1092,7 @@ def main() -> None:
         logging.getLogger(name).addFilter(Quiet())
     try:
         asyncio.run(serve(read_settings(os.environ, sys.argv[1:])))
-    except (BadSetting, OSError) as error:
+    except (BadSetting, OSError, ValueError) as error:
         sys.stderr.write(f"chatstream: {error}\n")
         sys.exit(2)
 
