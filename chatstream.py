@@ -998,8 +998,7 @@ async def demo_upstream(silence: float, request: web.BaseRequest) -> web.StreamR
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
     await response.prepare(request)
     await asyncio.sleep(silence if model == "demo-slow-start" else 0)
-    answer = DEMO_ANSWER.replace("{question}", asked.replace("\n", "\n> "))
-    words = re.findall(r"\s*\S+\s*", answer)
+    words = re.findall(r"\s*\S+\s*", DEMO_ANSWER.replace("{question}", asked.replace("\n", "\n> ")))
     deltas = [{"role": "assistant", "content": ""}, *({"content": word} for word in words), {}]
     if model in ("demo-cut-off", "demo-error"):
         del deltas[len(deltas) // 2 :]
