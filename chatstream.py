@@ -627,7 +627,7 @@ def route(server: Chatstream, request: web.BaseRequest) -> Handler:
     """The handler of a request that may come in. Raises Failure."""
     path, headers, host = request.path, request.headers, request.headers.get("Host", "").lower()
     guarded = path in ("/", "/stream") or path.startswith("/v1/")
-    if guarded and server.hosts and not server.hosts & {host, re.sub(r":\d*$", "", host)}:
+    if guarded and server.hosts and not server.hosts & {host, host.rpartition(":")[0]}:
         raise Failure("forbidden_host")
     site, origin = headers.get("Sec-Fetch-Site"), headers.get("Origin", f"://{host}").lower()
     is_ours = site in ("same-origin", "none") if site else origin.partition("://")[2] == host
