@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import errno
 import fcntl
 import gzip
 import hashlib
@@ -37,7 +36,8 @@ from contextlib import (
     contextmanager,
     suppress,
 )
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
@@ -65,24 +65,22 @@ class Call(asyncio.Protocol):
     """A connection to the upstream: the request that came, and the means to answer it."""
 
     def __init__(self, up: Upstream) -> None:
-        self.up = up
-        self.buffer = b""
+        self.up, self.buffer = up, b""
         self.gone = asyncio.Event()  # the other side has closed the connection
         self.writable = asyncio.Event()
         self.writable.set()
 
     def connection_made(self, transport: Any) -> None:
         self.transport: asyncio.Transport = transport
-        self.up.connections += 1
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.gone.set()
-        self.writable.set()
 
     def pause_writing(self) -> None:
         self.writable.clear()
 
     def resume_writing(self) -> None:
+        self.writable.set()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.gone.set()
         self.writable.set()
 
     def data_received(self, data: bytes) -> None:
@@ -93,18 +91,15 @@ class Call(asyncio.Protocol):
         length = int(self.headers.get("content-length", 0))
         if blank and len(rest) >= length:
             self.raw_body, self.buffer = rest[:length], rest[length:]
+            self.body: Any = json.loads(self.raw_body or b"null")
             self.up.calls.append(self)
-            self.up.spawn(self.answer())
-
-    @property
-    def body(self) -> Any:
-        return json.loads(self.raw_body)
+            self.task = asyncio.create_task(self.answer())
 
     async def answer(self) -> None:
         self.chunked = False
         with suppress(ConnectionError):
             await self.up.reply(self)
-            if self.chunked:
+            if self.chunked and not self.transport.is_closing():
                 await self.raw(b"0\r\n\r\n")
 
     async def raw(self, data: bytes) -> None:
@@ -130,41 +125,32 @@ class Call(asyncio.Protocol):
 
     async def cut(self) -> None:
         """No end of the body, no goodbye: a reset."""
-        self.chunked = False
         self.transport.abort()
 
 
 Reply = Callable[[Call], Awaitable[None]]
 
 
+@dataclass
 class Upstream:
-    def __init__(self, reply: Reply) -> None:
-        self.reply = reply
-        self.url = ""
-        self.calls: list[Call] = []
-        self.connections = 0
-        self.tasks: set[asyncio.Task[None]] = set()
-
-    def spawn(self, work: Any) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+    reply: Reply
+    url: str = ""
+    calls: list[Call] = field(default_factory=list)  # one that is used again stands here again
 
 
 @asynccontextmanager
 async def upstream(reply: Reply, tls: ssl.SSLContext | None = None) -> AsyncIterator[Upstream]:
     up = Upstream(reply)
-    loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: Call(up), "127.0.0.1", 0, ssl=tls)
+    make_server = asyncio.get_running_loop().create_server
+    server = await make_server(lambda: Call(up), "127.0.0.1", 0, ssl=tls)
     host = "localhost" if tls else "127.0.0.1"
     up.url = f"http{'s' if tls else ''}://{host}:{server.sockets[0].getsockname()[1]}/v1"
     try:
         yield up
     finally:
         server.close()
-        for task in up.tasks:
-            task.cancel()
         for call in up.calls:
+            call.task.cancel()
             call.transport.abort()
 
 
@@ -207,20 +193,8 @@ def sends(
 
 
 def fails(status: int, body: bytes, **headers: str) -> Reply:
-    """A reply with a body of JSON."""
+    """A reply in JSON."""
     return sends(body, status=status, content_type="application/json", **headers)
-
-
-def waits(go: asyncio.Event) -> Reply:
-    """A reply that begins, and ends as it should when it may."""
-
-    async def reply(call: Call) -> None:
-        await call.start()
-        await call.send(delta(content="Once"))
-        await go.wait()
-        await call.send(TAIL)
-
-    return reply
 
 
 async def silent(call: Call) -> None:
@@ -228,11 +202,12 @@ async def silent(call: Call) -> None:
     await call.gone.wait()
 
 
-async def stalls(call: Call) -> None:
-    """A reply that begins, and then says nothing more."""
+async def stalls(call: Call, until: asyncio.Event | None = None) -> None:
+    """A reply that begins, and then says nothing more, or not until then."""
     await call.start()
     await call.send(delta(content="Once"))
-    await call.gone.wait()
+    await (until or call.gone).wait()
+    await call.send(TAIL)
 
 
 # ---- The real server, and a client -------------------------------------------------------
@@ -322,12 +297,10 @@ class Case(unittest.IsolatedAsyncioTestCase):
         """POST /stream, as a context in which the answer is still running."""
         return self.client.post(url + "/stream", json=HELLO | {"model": model})
 
-    async def raw(self, url: str, *pieces: bytes) -> bytes:
+    async def raw(self, url: str, data: bytes) -> bytes:
         """What the server answers to these bytes, up to the end of an error."""
         reader, writer = await self.connect(url)
-        for piece in pieces:
-            writer.write(piece)
-            await asyncio.sleep(0.02)
+        writer.write(data)
         answer = await self.read_until(reader, b"}}")
         writer.close()
         return answer
@@ -388,14 +361,8 @@ zj0EAwIDRwAwRAIgBizQ8+JvVItOa2404CrUyMrVo4gqtLMRd325bFtjoy8CIA4G
 evmuo2XGp6Wc9LHq3iU+WBgPBgxeGgoXqtxu4GAk
 -----END CERTIFICATE-----
 """
-ENCRYPTED_KEY = """-----BEGIN ENCRYPTED PRIVATE KEY-----
-MIHsMFcGCSqGSIb3DQEFDTBKMCkGCSqGSIb3DQEFDDAcBAiAP1+rM55x/QICCAAw
-DAYIKoZIhvcNAgkFADAdBglghkgBZQMEAQIEEBxehlN2Doy6CVk9YrLXpoMEgZAJ
-P+qjrOfzXY9cF9REp3LdoHfPzDqMvIzFFaYZSEPFMKdJXmvdTV3WwPE4jMTCrh5k
-Z9m3zUCucyYv4NgwnuE6OPgqM461jjBVx8thgPgxmnZzpIDkkNKoMadZBgA2INpF
-OO9c4IYBfr/+E9S//fa/Jw8dcvfu1jHpe8bF/pXfKUOLp7MYYmlJTNORg2xuK9o=
------END ENCRYPTED PRIVATE KEY-----
-"""
+CIPHER = "AES-128-CBC,00112233445566778899AABBCCDDEEFF"
+ENCRYPTED_KEY = PEM_KEY.replace("-\n", f"-\nProc-Type: 4,ENCRYPTED\nDEK-Info: {CIPHER}\n\n", 1)
 CLIENT_TLS = ssl.create_default_context(cadata=PEM_CERTIFICATE)
 
 
@@ -498,14 +465,14 @@ GOOD_STREAMS = {  # name: what the upstream sends, and what goes out if it is no
     "CR": [GOOD.replace(b"\n", b"\r")],
     "byte order mark": [b"\xef\xbb\xbf" + GOOD],
     "no space after the colon (openai-python#559)": [re.sub(b"(?m)^data: ", b"data:", GOOD)],
-    "comments (OpenRouter, DeepSeek)": [b": OPENROUTER PROCESSING\n\n:\n\n: ping\n" + GOOD],
+    "comments (OpenRouter)": [b": OPENROUTER PROCESSING\n\n:\n\n" + GOOD],
     "a comment longer than an event may be": [b":" + b"x" * 250_000 + b"\n" + GOOD],
     "other fields": [b"id: 7\nretry: 10\nevent: message\nfoo: bar\nfoo\n" + GOOD],
     "an event without data": [b"event: ping\n\ndata:\n\ndata\n\n" + GOOD],
     "payloads that are no chunk": [framed(b"{}", b'{"type":"ping"}') + GOOD],
     "several data lines": [
-        b'data: {"choices":\r\ndata: [{"delta":{}}]}\r\n\r\n' * 2 + TAIL,
-        framed(b'{"choices": [{"delta":{}}]}') * 2 + TAIL],
+        b'data: {"choices":\r\ndata: [{}]}\r\n\r\n' * 2 + TAIL,
+        framed(b'{"choices": [{}]}') * 2 + TAIL],
     "white space around": [
         b"data:   " + STOP + b"\t\n\ndata:  [DONE] \n\n", framed(b"  " + STOP + b"\t") + DONE],
     "finish_reason, then the end": [GOOD.removesuffix(DONE)],
@@ -518,44 +485,44 @@ GOOD_STREAMS = {  # name: what the upstream sends, and what goes out if it is no
     "null content": b'{"choices":[{"delta":{"role":"assistant","content":null}}]}',
     "an empty finish_reason, but [DONE]": b'{"choices":[{"delta":{},"finish_reason":""}]}',
     "Azure's filter": b'{"choices":[],"prompt_filter_results":[{"x":1}]}',
-    "content in parts": b'{"choices":[{"delta":{"content":[{"type":"thinking"}]}}]}',
     "a null error": b'{"choices":[{}],"error":null}',
 }.items()}
-BAD_STREAMS = {  # name: what the upstream sends, the error's code and message
-    "an error object": (framed(LOUD), "busy", "Overloaded"),
-    "a text (LM Studio)": (framed(b'{"error":"Oh no"}'), "upstream_error", "Oh no"),
-    "object: error (vLLM)": (
-        framed(b'{"object":"error","message":"Oh no","code":400}'), "upstream_error", "Oh no"),
-    "an error beside a message": (
-        framed(b'{"error":{"message":"In"},"message":"Out"}'), "upstream_error", "In"),
-    "an error beside choices": (
-        framed(b'{"choices":[{}],"error":{"message":"Oh no"}}'), "upstream_error", "Oh no"),
-    "event: error": (b"event: error\n" + framed(LOUD), "busy", "Overloaded"),
-    "event: error with a bare message": (
-        b'event: error\ndata: {"message":"Oh no"}\n\n', "upstream_error", "Oh no"),
-    "event: error that is no JSON": (b"event: error\ndata: Oh\n\n", "upstream_error", "failed"),
-    "error: as a field (llama.cpp)": (
-        b'error: {"code":400,"message":"Oh no"}\n\n' + DONE, "upstream_error", "Oh no"),
-    "an end inside a payload": (b'data: {"choices":[{', "stream_truncated", ""),
-    "nothing": (b"", "empty_stream", ""),
-    "comments alone": (b": ping\n\n" * 3, "empty_stream", ""),
-    "nothing but [DONE]": (DONE, "empty_stream", ""),
-    "too large an event": (framed(b'{"choices":["%b"]}' % (b"x" * 200_000)), "event_too_large", ""),
-    "too long a line": (b"data:" + b"x" * 200_000, "event_too_large", ""),
-    "empty lines without end": (b"data:\n" * 200_000, "event_too_large", ""),
-    "no event stream": (b"Hello, world\n", "upstream_invalid", ""),
-    "JSON without data: (a stray line)": (b'{"choices":3}', "upstream_invalid", ""),
-} | {name: (body, "upstream_invalid", "") for name, body in {
-    "no JSON": framed(b"nonsense"),
-    "a JSON list": framed(b"[1]"),
-    "two JSON objects": framed(b"{}{}"),
-    "NaN": framed(b'{"choices":[NaN]}'),
-    "an integer of 5,000 digits": framed(b'{"choices":[],"n":%b}' % (b"1" * 5000)),
-    "bad UTF-8": framed(b'{"choices":["\xff"]}'),
-    "deep nesting": framed(b"[" * 100_000),
-    "a newline inside a JSON string": b'data: {"choices":[{"x":"a\ndata: b"}]}\n\n',
-    "two bad ones that complete each other": framed(b'{"choices":[]},{"choices":[{}', b"{}]}"),
-}.items()}
+BAD_STREAMS: dict[str, dict[str, bytes]] = {  # code and message: by name, what the upstream sends
+    "busy Overloaded": {
+        "an error object": framed(LOUD),
+        "event: error": b"event: error\n" + framed(LOUD),
+    },
+    "upstream_error Ouch": {
+        "a text (LM Studio)": framed(b'{"error":"Ouch"}'),
+        "object: error (vLLM)": framed(b'{"object":"error","message":"Ouch","code":400}'),
+        "an error beside a message": framed(b'{"error":{"message":"Ouch"},"message":"Out"}'),
+        "an error beside choices": framed(b'{"choices":[{}],"error":{"message":"Ouch"}}'),
+        "event: error with a bare message": b'event: error\ndata: {"message":"Ouch"}\n\n',
+        "error: as a field (llama.cpp)": b'error: {"code":400,"message":"Ouch"}\n\n' + DONE,
+    },
+    "upstream_error failed": {"event: error that is no JSON": b"event: error\ndata: Ouch\n\n"},
+    "stream_truncated": {"an end inside a payload": b'data: {"choices":[{'},
+    "empty_stream": {
+        "nothing": b"", "comments alone": b": ping\n\n" * 3, "nothing but [DONE]": DONE},
+    "event_too_large": {
+        "a long event": framed(b'{"choices":["%b"]}' % (b"x" * 200_000)),
+        "a long line": b"data:" + b"x" * 200_000,
+        "empty lines without end": b"data:\n" * 200_000,
+    },
+    "upstream_invalid": {
+        "no event stream": b"Hello, world\n",
+        "a stray line of JSON": b'{"choices":3}',
+        "no JSON": framed(b"nonsense"),
+        "a JSON list": framed(b"[1]"),
+        "two JSON objects": framed(b"{}{}"),
+        "NaN": framed(b'{"choices":[NaN]}'),
+        "an integer of 5,000 digits": framed(b'{"choices":[],"n":%b}' % (b"1" * 5000)),
+        "bad UTF-8": framed(b'{"choices":["\xff"]}'),
+        "deep nesting": framed(b"[" * 100_000),
+        "a newline inside a JSON string": b'data: {"choices":[{"x":"a\ndata: b"}]}\n\n',
+        "two bad ones that complete each other": framed(b'{"choices":[]},{"choices":[{}', b"{}]}"),
+    },
+}
 # fmt: on
 
 
@@ -601,11 +568,13 @@ class Framing(unittest.TestCase):
     def test_bad_streams(self) -> None:
         """Whatever the dialect of the error, it is told, alone or after an answer's part; and
         what came before it goes out."""
-        for name, (body, code, message) in BAD_STREAMS.items():
+        rows = [(end, *row) for end, rows in BAD_STREAMS.items() for row in rows.items()]
+        for ending, name, body in rows:
             with self.subTest(name):
+                code, _, message = ending.partition(" ")
                 self.assertEqual(self.fails(code, body, [])[0], b"")
                 good = b"" if code == "empty_stream" else framed(SAID)
-                is_stray = code == "upstream_invalid" and body[:1] in (b"H", b"{")
+                is_stray = code == "upstream_invalid" and not body.startswith(b"data")
                 for cuts in splits(good + body):
                     then = "stream_truncated" if is_stray else code
                     out, told = self.fails(then, good + body, cuts)
@@ -628,6 +597,13 @@ class Framing(unittest.TestCase):
         self.assertEqual((out, relay.done), (framed(payload) + TAIL, True))
         self.fails("event_too_large", framed(payload[:-3] + b'x"]}'), [])
 
+    def test_at_once(self) -> None:
+        """An event goes out the moment its last byte is in, not when the next one comes."""
+        for end in (b"\n\n", b"\r\n\r", b"\r\r"):
+            self.assertEqual(
+                Relay(100).feed(b'data: {"choices":[]}' + end), framed(b'{"choices":[]}')
+            )
+
 
 class Transcripts(Case):
     """What servers that nobody here wrote really sent, through the whole of chatstream."""
@@ -648,6 +624,8 @@ class Transcripts(Case):
                 self.judge(await self.ask_through(reply), status, body)
 
     def judge(self, answer: Answer, status: int, body: bytes) -> None:
+        *payloads, last = re.findall(rb"(?m)^data: (.*)\n", body) or [b""]
+        is_whole = last == b"[DONE]" and b'"error"' not in body
         if status in (401, 403) or status >= 500:
             self.assertEqual(answer.status, 502)
         elif status >= 400:
@@ -657,131 +635,85 @@ class Transcripts(Case):
             self.assertEqual(told, (status, said["message"][:500]))
         elif b'"chat.completion"' in body:
             self.assertEqual(answer.payloads[-1], b"[DONE]")
-        elif b"data: [DONE]" in body and b'"error"' not in body and b"$\n" not in body:
-            sent = re.findall(rb"(?m)^data: (.*)\n", body)
-            good = list(itertools.takewhile(is_json, sent))
-            if sent == [*good, b"[DONE]"]:
-                self.assertEqual(answer.payloads, sent)
-            else:
-                self.assertEqual(answer.payloads[: len(good)], good)
-                self.assertEqual(answer.error["code"], "upstream_invalid")
+        elif is_whole and all(re.fullmatch(rb"\{.*\}", each) for each in payloads):
+            self.assertEqual(answer.payloads, [*payloads, last])
         else:
             self.assertNotIn(b"[DONE]", answer.body)
             self.assertTrue(answer.error["code"])
 
 
-def is_json(data: bytes) -> bool:
-    with suppress(ValueError):
-        return isinstance(json.loads(data), dict)
-    return False
-
-
 # ---- An honest status --------------------------------------------------------------------
 
 
-async def dies(call: Call) -> None:
-    await call.cut()
+def resets(data: bytes) -> Reply:
+    """A reply of these bytes, as they are, and then a reset."""
+
+    async def reply(call: Call) -> None:
+        await call.raw(data)
+        await asyncio.sleep(0.02)
+        await call.cut()
+
+    return reply
 
 
-async def breaks_off_its_head(call: Call) -> None:
-    await call.raw(b"HTTP/1.1 200 OK\r\nContent-")
-    call.transport.close()
-
-
-async def speaks_no_http(call: Call) -> None:
-    await call.raw(b"SSH-2.0-OpenSSH_9.2\r\n\r\n")
-
-
-async def breaks_off(call: Call) -> None:
+async def comments(call: Call) -> None:
     await call.start()
-    await call.send(framed(SAID))
-    await asyncio.sleep(0.02)
-    await call.cut()
-
-
-async def only_comments(call: Call) -> None:
-    await call.start()
-    while not call.gone.is_set():
+    while True:
         await call.send(b": ping\n\n")
         await asyncio.sleep(0.02)
 
 
-async def quotes_its_address(call: Call) -> None:
+async def its_address(call: Call) -> None:
     await fails(400, b'{"error":"see %b"}' % call.headers["host"].encode())(call)
 
 
-LEAK = b"Key sk-secret-1 of x at /v1/chat/completions: retry in 10.24 seconds"
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: 999\r\n\r\n"
+LEAK = b'{"error":"Key sk-secret-1 of x at /v1/chat/completions: retry in 10.24 seconds"}'
+LISTED = b'{"detail":[{"loc":["body"],"msg":"Field required"}]}'
 # fmt: off
 FAULTS: dict[str, Any] = {
-    # what the upstream does: (reply, "status code outcome" here, what the message has, the type)
-    "400 (llama.cpp)": (
-        fails(400, b'{"error":{"code":400,"message":"Too long","type":"exceed_context"}}'),
-        "400 upstream_rejected upstream_error", "Too long", "exceed_context"),
-    "404 with a code": (
-        fails(404, b'{"error":{"message":"No","code":"model_not_found"}}'),
-        "404 model_not_found upstream_error", "No"),
-    "a code of ours": (
-        fails(400, b'{"error":{"code":"upstream_timeout"}}'),
-        "400 upstream_timeout upstream_error", "refused"),
-    "422 (FastAPI)": (
-        fails(422, b'{"detail":"Bad thing"}'),
-        "422 upstream_rejected upstream_error", "Bad thing"),
-    "422 in a list (FastAPI)": (
-        fails(422, b'{"detail":[{"loc":["body"],"msg":"Field required"}]}'),
-        "422 upstream_rejected upstream_error", "Field required"),
-    "400 in a list (Gemini)": (
-        fails(400, b'[{"error":{"code":400,"message":"Bad","status":"X"}}]'),
-        "400 upstream_rejected upstream_error", "Bad"),
-    "429 as a text (Scaleway)": (
-        fails(429, b'{"error":"INSUFFICIENT QUOTA"}'),
-        "429 upstream_rejected upstream_error", "INSUFFICIENT QUOTA"),
-    "404 in HTML": (
-        fails(404, b"<html>nginx</html>"), "404 upstream_rejected upstream_error", "refused"),
-    "a message in HTML": (
-        fails(400, b'{"error":{"message":"<html><body>x"}}'),
-        "400 upstream_rejected upstream_error", "refused"),
+    # what the upstream does: (reply, "status code [outcome]" here, part of the message[, type])
+    "400 (llama.cpp)": (fails(400, LOUD), "400 busy", "Overloaded", "overloaded_error"),
+    "400 in a list (Gemini)": (fails(400, b"[%b]" % LOUD), "400 busy", "Over", "overloaded_error"),
+    "a code of ours": (fails(400, b'{"error":{"code":"empty_stream"}}'), "400 empty_stream", ""),
+    "422 (FastAPI)": (fails(422, b'{"detail":"Bad"}'), "422 upstream_rejected", "Bad"),
+    "422 in a list (FastAPI)": (fails(422, LISTED), "422 upstream_rejected", "Field required"),
+    "429 as a text (Scaleway)": (fails(429, b'{"error":"No"}'), "429 upstream_rejected", "No"),
+    "404 in HTML": (fails(404, b"<html>"), "404 upstream_rejected", "refused"),
+    "HTML in JSON": (fails(400, b'{"error":"<html>x"}'), "400 upstream_rejected", "refused"),
     "a traceback": (
-        fails(400, b'{"error":"Traceback (most recent call last): x"}'),
-        "400 upstream_rejected upstream_error", "refused"),
+        fails(400, b'{"error":"Traceback (most recent call"}'), "400 upstream_rejected", "refused"),
     "no text where text belongs": (
-        fails(400, b'{"error":{"message":{"a":1},"type":7,"code":[]}}'),
-        "400 upstream_rejected upstream_error", "refused"),
+        fails(400, b'{"error":{"message":{},"type":7,"code":[]}}'), "400 upstream_rejected", "ref"),
     "a secret": (
-        fails(400, b'{"error":"%b"}' % LEAK), "400 upstream_rejected upstream_error",
-        LEAK.decode().replace("sk-secret-1", "***")),
-    "its address": (quotes_its_address, "400 upstream_rejected upstream_error", "see ***"),
-    "a very long message": (
-        fails(400, b'{"error":"%b"}' % (b"y" * 5000)),
-        "400 upstream_rejected upstream_error", "y" * 500),
-    "401": (fails(401, b'{"error":"x"}'), "502 upstream_auth upstream_error", "key"),
-    "403": (fails(403, b'{"error":"x"}'), "502 upstream_auth upstream_error", "key"),
-    "500": (fails(500, b'{"error":"x"}'), "502 upstream_error upstream_error", "failed"),
-    "a redirect": (fails(307, b"", location="/"), "502 upstream_error upstream_error", "failed"),
-    "an HTML page": (
-        sends(b"<html>", content_type="text/html"), "502 upstream_error upstream_error", "failed"),
-    "another type": (
-        sends(b"Hi", content_type="text/plain"), "502 upstream_invalid upstream_error", "be read"),
-    "200 with an error": (fails(200, LOUD), "502 busy upstream_error", "Over", "overloaded_error"),
-    "200 with bad JSON": (fails(200, b"{"), "502 upstream_invalid upstream_error", "be read"),
-    "200 with other JSON": (fails(200, b"{}"), "502 upstream_invalid upstream_error", "be read"),
-    "nothing": (sends(), "502 empty_stream upstream_error", "empty"),
-    "too large an event": (
-        sends(b"data: %b" % (b"x" * 50_000)), "502 event_too_large upstream_error", "too large"),
-    "an error first": (sends(framed(LOUD)), "502 busy upstream_error", "Over", "overloaded_error"),
-    "an error after an event": (
-        sends(framed(SAID), framed(LOUD), DONE),
-        "200 busy upstream_error", "Over", "overloaded_error"),
-    "no JSON after an event": (
-        sends(framed(SAID, b"x"), DONE), "200 upstream_invalid upstream_error", "be read"),
+        fails(400, LEAK), "400 upstream_rejected",
+        "Key *** of x at /v1/chat/completions: retry in 10.24 seconds"),
+    "its address": (its_address, "400 upstream_rejected", "see ***"),
+    "a novel": (fails(400, b'{"error":"%b"}' % (b"y" * 999)), "400 upstream_rejected", "y" * 500),
+    "401": (fails(401, b'{"error":"x"}'), "502 upstream_auth", "key"),
+    "403": (fails(403, b'{"error":"x"}'), "502 upstream_auth", "key"),
+    "500": (fails(500, b'{"error":"x"}'), "502 upstream_error", "failed"),
+    "a redirect, to itself": (fails(307, b"", location="/"), "502 upstream_error", "failed"),
+    "a page": (sends(b"<html>", content_type="text/html"), "502 upstream_error", "failed"),
+    "a text": (sends(b"Hi", content_type="text/plain"), "502 upstream_invalid", "be read"),
+    "200 with an error": (fails(200, LOUD), "502 busy", "Overloaded", "overloaded_error"),
+    "200 with bad JSON": (fails(200, b"{"), "502 upstream_invalid", "be read"),
+    "200 with other JSON": (fails(200, b"{}"), "502 upstream_invalid", "be read"),
+    "nothing": (sends(), "502 empty_stream", "empty"),
+    "too much": (sends(b"data: %b" % (b"x" * 50_000)), "502 event_too_large", "too large"),
+    "an error": (sends(framed(LOUD)), "502 busy", "Overloaded", "overloaded_error"),
+    "an error in mid-stream": (
+        sends(framed(SAID), framed(LOUD), DONE), "200 busy", "Overloaded", "overloaded_error"),
+    "no JSON in mid-stream": (sends(framed(SAID, b"x") + DONE), "200 upstream_invalid", "be read"),
     "half a payload": (sends(b'data: {"cho'), "502 stream_truncated truncated", "broke off"),
-    "an end that is none": (sends(framed(SAID)), "200 stream_truncated truncated", "broke off"),
-    "a reset after an event": (breaks_off, "200 stream_truncated truncated", "broke off"),
-    "a reset": (dies, "502 upstream_unreachable upstream_error", "be reached"),
-    "half a head": (breaks_off_its_head, "502 upstream_unreachable upstream_error", "be reached"),
-    "no HTTP": (speaks_no_http, "502 upstream_invalid upstream_error", "be read"),
+    "half an answer": (sends(framed(SAID)), "200 stream_truncated truncated", "broke off"),
+    "a reset later": (resets(HEAD + framed(SAID)), "200 stream_truncated truncated", "broke"),
+    "a reset": (resets(b""), "502 upstream_unreachable", "be reached"),
+    "half a head": (resets(HEAD[:30]), "502 upstream_unreachable", "be reached"),
+    "no HTTP": (resets(b"SSH-2.0-OpenSSH_9.2\r\n\r\n"), "502 upstream_invalid", "be read"),
     "silence": (silent, "504 upstream_timeout timeout", "in time"),
-    "silence but for comments": (only_comments, "504 upstream_timeout timeout", "in time"),
-    "silence after an event": (stalls, "200 upstream_timeout timeout", "in time"),
+    "silence but for comments": (comments, "504 upstream_timeout timeout", "in time"),
+    "silence in mid-stream": (stalls, "200 upstream_timeout timeout", "in time"),
 }
 # fmt: on
 TYPES = {429: "rate_limit_error"} | dict.fromkeys((200, 502, 504), "upstream_error")
@@ -791,12 +723,12 @@ class Status(Case):
     async def test_faults(self) -> None:
         """What fails before the first event has a real status; what fails later is the last
         event, without [DONE]. Either has a code and a message for people, without secrets, and
-        is counted once, under who is to blame."""
+        is counted once, under who is to blame. Nothing is asked twice."""
         settings = {"api_key": "sk-secret-1", "token": "x", "max_event_bytes": 10_000}
         counted: dict[str, float] = {}
         async with upstream(silent) as up, serving(up, idle_seconds=0.2, **settings) as url:
             for name, (up.reply, ending, message, *kind) in FAULTS.items():
-                status, code, outcome = ending.split()
+                status, code, outcome = (*ending.split(), "upstream_error")[:3]
                 counted[outcome] = counted.get(outcome, 0) + 1
                 with self.subTest(name):
                     answer = await self.ask(url, Authorization="Bearer x")
@@ -807,12 +739,11 @@ class Status(Case):
                     self.assertIn(message, error["message"])
                     self.assertLessEqual(len(error["message"]), 500)
                     self.assertEqual(error["request_id"], answer.headers["X-Request-Id"])
-                    self.assertEqual(
-                        list(error), ["message", "type", "param", "code", "request_id"]
-                    )
+                    self.assertEqual(len(error), 5)
                     if status == "200":
                         self.assertEqual(len(answer.payloads), 2)
             self.assertEqual(await self.outcomes(url), counted)
+            self.assertEqual(len(up.calls), len(FAULTS))
 
     async def test_unreachable(self) -> None:
         """Nobody there, or a certificate that nobody vouches for: 502; not there in time: 504."""
@@ -836,50 +767,24 @@ class Status(Case):
 
     async def test_in_one_piece(self) -> None:
         """A whole completion in JSON goes out as one chunk and [DONE]."""
-        for body, sent in {
-            COMPLETION: AS_CHUNK,
-            b'\xef\xbb\xbf\r\n{"choices":[\r\n{"message":{}}]\r\n}': (
-                b'{"choices": [{"delta": {}}], "object": "chat.completion.chunk"}'
-            ),
-            b'{"choices":[{"delta":{"content":"a"}},{"message":{"content":"b"}}]}': (
-                b'{"choices": [{"delta": {"content": "a"}}, {"delta": {"content": "b"}}], '
-                b'"object": "chat.completion.chunk"}'
-            ),
-        }.items():
+        mixed = b'\xef\xbb\xbf\r\n{"choices":[{"delta":{}},\r\n{"message":{}}]\r\n}'
+        chunk = b'{"choices": [{"delta": {}}, {"delta": {}}], "object": "chat.completion.chunk"}'
+        for body, sent in {COMPLETION: AS_CHUNK, mixed: chunk}.items():
             answer = await self.ask_through(fails(200, body))
             self.assertEqual(answer.payloads, [sent, b"[DONE]"])
 
     async def test_kept(self) -> None:
         """Of another 4xx the param, Retry-After and the rate limits are passed on, if they are
         ASCII; nothing else is."""
-
-        async def reply(call: Call) -> None:
-            await call.raw(
-                b"HTTP/1.1 429 X\r\nRetry-After: 7\r\nX-RateLimit-Limit: 60\r\nX-RateLimit-X: \xff"
-                b"\r\nSet-Cookie: a=b\r\nContent-Length: 23\r\n\r\n"
-                b'{"error":{"param":"n"}}'
-            )
-
-        answer = await self.ask_through(reply)
+        head = (
+            b"HTTP/1.1 429 X\r\nRetry-After: 7\r\nX-RateLimit-Limit: 60\r\nX-RateLimit-X: \xff\r\n"
+        )
+        head += b"Set-Cookie: a=b\r\nContent-Length: 23\r\n\r\n"
+        answer = await self.ask_through(resets(head + b'{"error":{"param":"n"}}'))
         self.assertEqual((answer.status, answer.error["param"]), (429, "n"))
         kept = [answer.headers.get(name) for name in ("Retry-After", "X-RateLimit-Limit")]
         self.assertEqual(kept, ["7", "60"])
         self.assertFalse({"X-RateLimit-X", "Set-Cookie"} & set(answer.headers))
-
-    async def test_first_event_goes_out_at_once(self) -> None:
-        """Each event goes out the moment its last byte is in, not when the next one comes."""
-        go = asyncio.Event()
-
-        async def reply(call: Call) -> None:
-            await call.start()
-            await call.send(b'data: {"choices":[]}\r')
-            await call.send(b"\r")
-            await go.wait()
-
-        async with upstream(reply) as up, serving(up) as url, self.post(url) as response:
-            data = await response.content.readuntil(b"\n\n")
-            self.assertEqual(data, b'data: {"choices":[]}\n\n')
-            go.set()
 
     async def test_heartbeats(self) -> None:
         """A silent stream gets a comment every so often, and its status is 200 from then on."""
@@ -890,7 +795,7 @@ class Status(Case):
 
         answer = await self.ask_through(reply, heartbeat_seconds=0.2)
         self.assertEqual((answer.status, answer.error["code"]), (200, "upstream_error"))
-        self.assertTrue(answer.body.startswith(b": keep-alive\n\n" * 2))
+        self.assertTrue(answer.body.startswith(b": keep-alive\n\n"))
         self.assertLess(answer.body.count(b": keep-alive"), 4, "one a heartbeat, not one a look")
 
     async def test_headers(self) -> None:
@@ -917,78 +822,60 @@ class Status(Case):
 
 class Asking(Case):
     async def test_request(self) -> None:
-        """The upstream gets the key, the request id and the body; nothing else of the client."""
+        """The upstream gets the key, the request id and the body, all that OpenAI's API knows
+        or may add; nothing else of the client. What is sent on is what was checked: a second
+        `model` cannot slip past."""
+        messages = [
+            {"role": "developer", "content": "x"},
+            {"role": "user", "content": [{"type": "text", "text": "x"}]},
+            {"role": "assistant", "content": None, "tool_calls": []},
+            {"role": "tool", "tool_call_id": "1", "content": "\U0001f600 \ud83d"},
+        ]
         async with upstream(says("Hi")) as up, serving(up, api_key="sk-1") as url:
-            body = HELLO | {"model": None, "temperature": 0.5, "next_year": {"x": [1]}}
-            await self.ask(url, body, Cookie="a=b", X_Request_Id="i", Authorization="Bearer no")
-            call = up.calls[0]
+            body = {"messages": messages, "stream": None, "next_year": {"x": [1]}, "model": None}
+            text = b'{"model": "gpt-9", ' + json.dumps(body)[1:].encode()
+            await self.ask(url, text, Cookie="a=b", X_Request_Id="i", Authorization="Bearer no")
+            (call,) = up.calls
         self.assertEqual(call.request_line, "POST /v1/chat/completions HTTP/1.1")
         self.assertEqual(call.body, body | {"model": "m", "stream": True})
-        self.assertEqual(call.headers["authorization"], "Bearer sk-1")
-        self.assertEqual(call.headers["accept"], "text/event-stream")
-        self.assertEqual(call.headers["accept-encoding"], "identity")
-        self.assertEqual(call.headers["x-request-id"], "i")
+        self.assertNotIn(b"gpt-9", call.raw_body)
+        wanted = {
+            "authorization": "Bearer sk-1",
+            "accept": "text/event-stream",
+            "accept-encoding": "identity",
+            "x-request-id": "i",
+        }
+        self.assertEqual({name: call.headers[name] for name in wanted}, wanted)
         self.assertNotIn("cookie", call.headers)
 
     async def test_without_a_key(self) -> None:
-        """No key: no Authorization header. And no cookie of an upstream is kept, not even on a
-        connection that is used again."""
+        """No key: no Authorization header. No cookie of an upstream is kept, though its
+        connection is used again."""
         async with upstream(fails(200, COMPLETION, set_cookie="a=b")) as up:
             up.url = up.url.replace("127.0.0.1", "localhost")  # cookies need a name
             async with serving(up) as url:
                 await self.ask(url)
                 await self.ask(url)
-        self.assertEqual((len(up.calls), up.connections), (2, 1))
-        for call in up.calls:
-            self.assertFalse({"authorization", "cookie"} & set(call.headers))
-
-    async def test_repeated_key(self) -> None:
-        """What is sent on is what was checked: a second `model` cannot slip past."""
-        async with upstream(says("Hi")) as up, serving(up) as url:
-            body = b'{"model":"m","messages":[{"role":"user"}],"model":"gpt-9","stream":true}'
-            self.assertEqual((await self.ask(url, body)).status, 404)
-            body = b'{"model":"gpt-9","messages":[{"role":"user"}],"model":"m"}'
-            await self.ask(url, body)
-            self.assertNotIn(b"gpt-9", up.calls[0].raw_body)
+        self.assertEqual((len(up.calls), len(set(up.calls))), (2, 1))
+        self.assertFalse({"authorization", "cookie"} & set(up.calls[0].headers))
 
     async def test_any_model(self) -> None:
         """With `*` any model may be asked for, and the list is the upstream's; without a name
         before it there is no default."""
-
-        async def reply(call: Call) -> None:
-            models = fails(200, b'{"data":[{"id":"a","x":1},{"id":"m"}]}')
-            await (models if call.request_line.startswith("GET /v1/models ") else says("Hi"))(call)
-
-        async with upstream(reply) as up, serving(up, model=("m", "*"), api_key="k") as url:
+        models = fails(200, b'{"data":[{"id":"a","x":1},{"id":"m"}]}')
+        async with upstream(models) as up, serving(up, model=("m", "*"), api_key="k") as url:
             await self.ask(url, HELLO | {"model": "any"})
             self.assertEqual(up.calls[0].body["model"], "any")
             listed = json.loads((await self.get(url + "/v1/models")).body)
             names = [{"id": "m", "object": "model"}, {"id": "a", "object": "model"}]
             self.assertEqual(listed, {"object": "list", "data": names})
+            self.assertEqual(up.calls[1].request_line, "GET /v1/models HTTP/1.1")
             self.assertEqual(up.calls[1].headers["authorization"], "Bearer k")
         async with upstream(says("Hi")) as up, serving(up, model=("*",)) as url:
             answer = await self.ask(url)
             self.assertEqual((answer.status, up.calls), (400, []))
             self.assertIn("GET /v1/models lists them", answer.error["message"])
             self.assertEqual((await self.get(url + "/v1/models")).error["code"], "upstream_invalid")
-
-    async def test_done_lets_go(self) -> None:
-        """After [DONE] the upstream is let go, even if it holds the socket open."""
-
-        async def holds(call: Call) -> None:
-            await call.start()
-            await call.send(GOOD)
-            await call.gone.wait()
-
-        async with upstream(holds) as up, serving(up) as url:
-            self.assertEqual((await self.ask(url)).payloads[-1], b"[DONE]")
-            await asyncio.wait_for(up.calls[0].gone.wait(), PATIENCE)
-
-    async def test_redirect_is_not_followed(self) -> None:
-        """A redirect would carry the key to wherever it points."""
-        async with upstream(says("Hi")) as other:
-            await self.ask_through(fails(302, b"", location=other.url), api_key="sk-1")
-            self.assertEqual(other.calls, [])
 
     async def test_proxy(self) -> None:
         """The proxy of the environment is used, except where no_proxy says so, and never for
@@ -1003,27 +890,27 @@ class Asking(Case):
             await self.ask_through(says("Hi"))
             for host in ("localhost:1", "127.0.0.9", "[::1]:8", "example.com"):
                 self.assertIsNone(chatstream.environment_proxy(f"http://{host}/v1"))
-        lines = [call.request_line for call in proxy.calls]
-        self.assertEqual(lines, ["POST http://upstream.invalid/v1/chat/completions HTTP/1.1"])
+        (call,) = proxy.calls
+        self.assertEqual(
+            call.request_line, "POST http://upstream.invalid/v1/chat/completions HTTP/1.1"
+        )
 
 
 # ---- Time: cancellation, back-pressure, limits -------------------------------------------
 
 
-async def mute(call: Call) -> None:
-    """A reply that never comes, of a peer that reads nothing any more: no goodbye over TLS."""
-    call.transport.pause_reading()
-    await asyncio.Event().wait()
+def mute(reply: Reply) -> Reply:
+    """The same, of a peer that reads nothing any more, so that it never says goodbye."""
 
+    async def muted(call: Call) -> None:
+        call.transport.pause_reading()
+        await reply(call)
 
-async def begins_and_is_mute(call: Call) -> None:
-    await call.start()
-    await call.send(framed(SAID))
-    await mute(call)
+    return muted
 
 
 def is_gone(call: Call) -> bool:
-    """The other side has let go of this connection, whether or not it was read."""
+    """The other side has let go of this connection, whether or not we read."""
     if call.gone.is_set() or not hasattr(socket, "TCP_INFO"):
         return call.gone.is_set()
     sock = call.transport.get_extra_info("socket")
@@ -1032,52 +919,56 @@ def is_gone(call: Call) -> bool:
 
 
 class Time(Case):
-    async def leave(self, up: Upstream, url: str) -> float:
+    async def leave(self, up: Upstream, url: str, begun: bool) -> float:
         """Asks, leaves in the middle, and gives the seconds until the upstream was let go: of
         three tries the best."""
         took = []
         for _ in range(3):
-            up.calls.clear()
+            before = len(up.calls)
             reader, writer = await self.connect(url)
             writer.write(request())
-            (call,) = await self.eventually(lambda: up.calls)
-            if up.reply in (stalls, begins_and_is_mute):
+            await self.eventually(partial(up.calls.__getitem__, slice(before, None)))
+            if begun:
                 await self.read_until(reader, b"\n\n")
             await asyncio.sleep(0.05)
-            self.assertFalse(is_gone(call))
+            self.assertFalse(is_gone(up.calls[-1]))
             writer.transport.abort()
             left = time.monotonic()
-            while not is_gone(call):
-                await asyncio.sleep(0.001)
+            await self.eventually(lambda: is_gone(up.calls[-1]))
             took.append(time.monotonic() - left)
         return min(took)
 
     async def test_client_leaves(self) -> None:
         """The client goes, and 50 ms later the upstream's connection is gone: before the first
         token, during heartbeats, in mid-stream."""
-        for reply, beat in ((silent, 10.0), (silent, 0.02), (stalls, 10.0)):
+        for reply, beat, begun in (
+            (silent, 10.0, False),
+            (silent, 0.02, True),
+            (stalls, 10.0, True),
+        ):
             async with upstream(reply) as up, serving(up, heartbeat_seconds=beat) as url:
-                self.assertLess(await self.leave(up, url), 0.05)
+                self.assertLess(await self.leave(up, url, begun), 0.05)
                 self.assertEqual(await self.outcomes(url), {"client_gone": 3})
                 self.assertEqual((await self.metrics(url))["chatstream_active_streams"], 0)
 
-    async def test_client_leaves_over_tls(self) -> None:
-        """The same over TLS on both sides, also with an upstream that has gone mute, before the
-        head of its answer and after it."""
+    async def test_tls(self) -> None:
+        """The same over TLS on both sides, also with an upstream that has gone mute. The page
+        says that it will go on to speak HTTPS."""
         with certificate() as (cert, key, context):
             async with upstream(silent, context) as up:
                 env = {"OPENAI_BASE_URL": up.url, "SSL_CERT_FILE": cert}
-                tls = {"CHATSTREAM_TLS_CERT": cert, "CHATSTREAM_TLS_KEY": key}
-                async with program(**env, **tls) as run:
-                    self.assertTrue(run.url.startswith("https://"))
-                    for up.reply in (silent, stalls, mute, begins_and_is_mute):
-                        self.assertLess(await self.leave(up, run.url), 0.05, up.reply)
+                env |= {"CHATSTREAM_TLS_CERT": cert, "CHATSTREAM_TLS_KEY": key}
+                async with program(**env) as run:
+                    for reply, begun in ((silent, False), (stalls, True)):
+                        for up.reply in (reply, mute(reply)):
+                            self.assertLess(await self.leave(up, run.url, begun), 0.05)
+                    page = await self.get(run.url, ssl=CLIENT_TLS)
+        self.assertIn("max-age", page.headers["Strict-Transport-Security"])
 
     async def test_many_at_once(self) -> None:
         """The 101st stream does not wait for the first hundred."""
         async with upstream(stalls) as up, serving(up) as url:
             answers = await asyncio.gather(*(self.post(url) for _ in range(101)))
-            self.assertEqual(len(up.calls), 101)
             self.assertEqual((await self.metrics(url))["chatstream_active_streams"], 101)
             for answer in answers:
                 answer.close()
@@ -1119,34 +1010,30 @@ class Time(Case):
         self.assertEqual(answer.payloads[-1], b"[DONE]")
 
     @asynccontextmanager
-    async def slow_client(
-        self, reply: Reply, **settings: Any
-    ) -> AsyncIterator[tuple[str, asyncio.StreamReader, Upstream]]:
+    async def slow_client(self, reply: Reply, **settings: Any) -> AsyncIterator[Any]:
         """A client that has asked and reads nothing; segments and buffers are small, so that
         some 100 KB fill all that lies between."""
-        async with upstream(reply) as up, serving(up, **settings) as url:
-            with socket.socket() as sock:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
-                sock.setblocking(False)
-                address = ("127.0.0.1", urlsplit(url).port)
-                await asyncio.get_running_loop().sock_connect(sock, address)
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
+            async with upstream(reply) as up, serving(up, **settings) as url:
+                sock.connect(("127.0.0.1", urlsplit(url).port))
                 reader, writer = await asyncio.open_connection(sock=sock, limit=1024)
                 writer.write(request())
                 yield url, reader, up
                 writer.transport.abort()
 
     async def test_the_tail_belongs_to_the_stream(self) -> None:
-        """A stream runs until the client has taken its last byte, also when the upstream has
-        long been let go: the limits and the drain know of it, and nothing, no heartbeat
-        either, follows that byte."""
+        """After [DONE] the upstream is let go, even if it holds the socket open. But a stream
+        runs until the client has taken its last byte: the limits and the drain know of it, and
+        nothing, no heartbeat either, follows that byte."""
 
-        async def reply(call: Call) -> None:
+        async def holds(call: Call) -> None:
             await call.start()
             await call.send(framed(b'{"choices":["%b"]}' % (b"x" * 500_000)) + TAIL)
             await call.gone.wait()
 
-        async with self.slow_client(reply, heartbeat_seconds=0.1) as (url, reader, up):
+        async with self.slow_client(holds, heartbeat_seconds=0.1) as (url, reader, up):
             await self.eventually(lambda: up.calls and up.calls[0].gone.is_set())
             await asyncio.sleep(0.3)
             self.assertEqual((await self.metrics(url))["chatstream_active_streams"], 1)
@@ -1156,36 +1043,29 @@ class Time(Case):
             await self.until_counted(url, "completed")
             with self.assertRaises(TimeoutError):
                 await asyncio.wait_for(reader.read(1), 0.25)
-        async with self.slow_client(reply, write_seconds=0.3) as (url, _, _):
-            await self.until_counted(url, "client_gone")
 
-    async def test_slow_tokens_for_a_stalled_client(self) -> None:
-        """New tokens do not count as reading: the write limit ends it all the same."""
+    async def test_stalled_client(self) -> None:
+        """Who takes nothing for the write limit has gone: new tokens do not count as reading.
+        Meanwhile the upstream waits and the process does not grow, whatever would come."""
 
         async def trickles(call: Call) -> None:
             await call.start()
-            while not call.gone.is_set():
+            while True:
                 await call.send(framed(b'{"choices":["%b"]}' % (b"x" * 20_000)))
                 await asyncio.sleep(0.05)
 
+        async def floods(call: Call) -> None:
+            await call.start()
+            block = framed(b'{"choices":["%b"]}' % (b"x" * 10_000)) * 10
+            for _ in range(2000):  # 200 MB
+                await call.send(block)
+                sent.append(len(block))
+
+        sent: list[int] = []
         async with self.slow_client(trickles, write_seconds=0.5) as (url, _, _):
             started = time.monotonic()
             await self.until_counted(url, "client_gone")
             self.assertLess(time.monotonic() - started, 2.5)
-
-    async def test_back_pressure(self) -> None:
-        """200 MB for a client that reads nothing: the process does not grow, the upstream
-        waits, and the write limit ends it."""
-        sent = 0
-
-        async def floods(call: Call) -> None:
-            nonlocal sent
-            await call.start()
-            block = framed(b'{"choices":["%b"]}' % (b"x" * 10_000)) * 10
-            while sent < 200_000_000:
-                await call.send(block)
-                sent += len(block)
-
         async with upstream(floods) as up:
             async with program(OPENAI_BASE_URL=up.url, CHATSTREAM_WRITE_SECONDS="1") as run:
                 await self.ask(run.url, b"{}")  # what grows at a first request has grown
@@ -1195,7 +1075,7 @@ class Time(Case):
                     await asyncio.wait_for(up.calls[0].gone.wait(), PATIENCE)
                     self.assertGreater(time.monotonic() - started, 0.9)
                     self.assertLess(run.memory() - before, 10_000_000)
-                self.assertLess(sent, 100_000_000)
+                self.assertLess(sum(sent), 100_000_000)
                 self.assertEqual((await self.outcomes(run.url))["client_gone"], 1)
 
 
@@ -1221,11 +1101,9 @@ BODIES = {  # name: the body, the status and the code
     "no stream": (b'{"messages":[{"role":"user"}],"stream":false}', 400, "stream_required"),
     "too long": (b"x" * 200_001, 413, "body_too_large"),
 } | {name: (b'{"messages":%b}' % messages, 400, "invalid_messages") for name, messages in {
-    "null messages": b"null",
     "empty messages": b"[]",
     "messages of another type": b'{"role":"user"}',
     "a message of another type": b'["hi"]',
-    "no role": b'[{"content":"hi"}]',
     "an unknown role": b'[{"role":"root"}]',
     "a role of another type": b'[{"role":["user"]}]',
     "content of another type": b'[{"role":"user","content":7}]',
@@ -1237,15 +1115,17 @@ VISITORS: dict[str, tuple[str, dict[str, str], int, str]] = {
     "localhost": ("GET /", {"Host": "LocalHost:1234"}, 200, ""),
     "IPv6": ("GET /", {"Host": "[::1]:8080"}, 200, ""),
     "an allowed host": ("GET /", {"Host": "Chat.Example:443"}, 200, ""),
-    "probes by any name": ("GET /healthz", {"Host": "10.0.0.7:8080"}, 200, ""),
-    "metrics by any name": ("GET /metrics", {"Host": "10.0.0.7:8080"}, 200, ""),
+    "HEAD of the page": ("HEAD /", {}, 200, ""),
+    "HEAD of the models": ("HEAD /v1/models", {}, 200, ""),
+    "health by any name": ("GET /healthz", {"Host": "10.0.0.7:8080"}, 200, ""),
+    "readiness by any name": ("HEAD /readyz", {"Host": "10.0.0.7:8080"}, 200, ""),
+    "metrics by any name": ("HEAD /metrics", {"Host": "10.0.0.7:8080"}, 200, ""),
     "a program": ("POST /stream", {"Sec-Fetch-Mode": "cors"}, 400, "invalid_json"),
     "another origin": ("POST /stream", {"Origin": "http://evil.ex"}, 403, "forbidden_origin"),
     "a null origin": ("POST /stream", {"Origin": "null"}, 403, "forbidden_origin"),
     "another port": ("POST /stream", {"Origin": "http://localhost:1"}, 403, "forbidden_origin"),
     "its own origin": (
-        "POST /stream", {"Host": "localhost:80", "Origin": "http://localhost:80"},
-        400, "invalid_json"),
+        "POST /stream", {"Host": "[::1]:80", "Origin": "http://[::1]:80"}, 400, "invalid_json"),
     "cross-site": ("POST /stream", {"Sec-Fetch-Site": "cross-site"}, 403, "forbidden_origin"),
     "same-site is not same-origin": (
         "POST /v1/chat/completions", {"Sec-Fetch-Site": "same-site"}, 403, "forbidden_origin"),
@@ -1271,37 +1151,20 @@ class Access(Case):
                 with self.subTest(name):
                     answer = await self.ask(url, body)
                     self.assertEqual((answer.status, answer.error["code"]), (status, code))
-                    self.assertIsNone(answer.error["param"])
             self.assertEqual(up.calls, [])
             self.assertEqual(await self.outcomes(url), {"rejected": len(BODIES)})
-        self.assertIn("integers to 4,300 digits", chatstream.ERRORS["invalid_json"][2])
-
-    async def test_good_bodies(self) -> None:
-        """All that OpenAI's API knows, and all that it may add, passes."""
-        messages = [
-            {"role": "developer", "content": "x"},
-            {"role": "user", "content": [{"type": "text", "text": "x"}]},
-            {"role": "assistant", "content": None, "tool_calls": []},
-            {"role": "tool", "tool_call_id": "1", "content": "\U0001f600 \ud83d"},
-        ]
-        async with upstream(says("Hi")) as up, serving(up) as url:
-            for stream in (True, None):
-                body = {"messages": messages, "stream": stream, "n": 2, "model": "m"}
-                self.assertEqual((await self.ask(url, body)).status, 200)
-                self.assertEqual(up.calls[-1].body, body | {"stream": True})
 
     async def test_visitors(self) -> None:
         """A page elsewhere, or a rebound name, cannot spend the key."""
         async with serving(allowed_hosts=("chat.example",)) as url:
             for name, (line, headers, status, code) in VISITORS.items():
                 with self.subTest(name):
-                    method, _, path = line.partition(" ")
+                    method, path = line.split()
                     sent = {"Content-Type": "application/json"} | headers
                     answer = await self.get(url + path, method, headers=sent)
                     self.assertEqual(answer.status, status)
                     self.assertTrue(answer.headers["X-Request-Id"])
-                    if code:
-                        self.assertEqual(answer.error["code"], code)
+                    self.assertEqual(answer.error["code"] if code else "", code)
                     if status == 405:
                         allow = "POST" if path == "/stream" else "GET, HEAD"
                         self.assertEqual(answer.headers["Allow"], allow)
@@ -1310,56 +1173,51 @@ class Access(Case):
         """Bound to all addresses every host is served, or the allowed ones if there are any."""
         for allowed, status in (((), 200), (("chat.example",), 403)):
             async with serving(host="0.0.0.0", token="t", allowed_hosts=allowed) as url:
-                address = url.replace("0.0.0.0", "127.0.0.1")
-                self.assertEqual(
-                    (await self.get(address, headers={"Host": "other"})).status, status
-                )
+                near = url.replace("0.0.0.0", "127.0.0.1")
+                self.assertEqual((await self.get(near, headers={"Host": "other"})).status, status)
 
     async def test_token(self) -> None:
         """With a token set, POST and the models need it; the page itself does not."""
         async with upstream(says("Hi")) as up, serving(up, token="t0k-en") as url:
-            for sent in (None, "", "Bearer ", "Bearer no", "t0k-en", "Basic t0k-en", "Bearer tök"):
-                headers = {} if sent is None else {"Authorization": sent}
-                answer = await self.ask(url, **headers)
+            for sent in ("", "Bearer ", "Bearer no", "t0k-en", "Basic t0k-en", "Bearer tök"):
+                answer = await self.ask(url, Authorization=sent)
                 self.assertEqual((answer.status, answer.error["code"]), (401, "invalid_token"))
                 self.assertEqual(answer.error["type"], "authentication_error")
                 self.assertEqual(answer.headers["WWW-Authenticate"], "Bearer")
-                listed = await self.get(url + "/v1/models", headers=headers)
-                self.assertEqual(listed.status, 401)
-            raw = await self.raw(
-                url, request(authorization="Bearer \xff").replace("\xff".encode(), b"\xff")
-            )
-            self.assertIn(b" 401 ", raw)
+            self.assertEqual((await self.get(url + "/v1/models")).status, 401)
             for sent in ("Bearer t0k-en", "bearer t0k-en"):
                 self.assertEqual((await self.ask(url, Authorization=sent)).status, 200)
+                listed = await self.get(url + "/v1/models", headers={"Authorization": sent})
+                self.assertEqual(listed.status, 200)
             self.assertEqual((await self.get(url)).status, 200)
+            no_ascii = request(authorization="Bearer ?").replace(b"?", b"\xff")
+            self.assertIn(b" 401 ", await self.raw(url, no_ascii))
 
     async def test_bodies_as_they_come(self) -> None:
         """A body that does not arrive in time is a 408, a broken one a 400, one without end a
         413. A compressed one is never unpacked. `Expect: 100-continue` is honoured."""
-        head = request(b"").partition(b"Content-Length")[0] + b"Transfer-Encoding: chunked\r\n\r\n"
-        twice = b"Content-Encoding: identity\r\nContent-Encoding: gzip\r\n"
-        zipped = gzip.compress(json.dumps(HELLO).encode())
+        head = request().partition(b"Content-Length")[0] + b"Transfer-Encoding: chunked\r\n\r\n"
+        zipped = request(gzip.compress(json.dumps(HELLO).encode()))
+        lies = b"\r\nContent-Encoding: identity\r\nContent-Encoding: gzip\r\n"
         async with serving(write_seconds=0.2) as url:
             for sent, status, code in (
-                ([request(Content_Length="999")], b"408", b"request_timeout"),
-                ([head + b"zz\r\n"], b"400", b""),
-                ([head, b"100000\r\n%b\r\n" % (b"x" * 2**20) * 2], b"413", b"body_too_large"),
-                ([request(zipped).replace(b"\r\n", b"\r\n" + twice, 1)], b"400", b"invalid_json"),
-                ([request(b"{}", expect="100-continue")], b"100 Continue\r\n\r\nHTTP/1.1 400", b""),
+                (request(Content_Length="999"), b"408", b"request_timeout"),
+                (head + b"zz\r\n", b"400", b""),
+                (head + b"100000\r\n%b\r\n" % (b"x" * 2**20) * 2, b"413", b"body_too_large"),
+                (zipped.replace(b"\r\n", lies, 1), b"400", b"invalid_json"),
+                (request(b"{}", expect="100-continue"), b"100 Continue\r\n\r\nHTTP/1.1 400", b""),
             ):
-                answer = await self.raw(url, *sent)
+                answer = await self.raw(url, sent)
                 self.assertTrue(answer.partition(b" ")[2].startswith(status), answer)
                 self.assertIn(code, answer)
 
-    async def test_bodies_that_never_arrive(self) -> None:
-        """They count against the limit of streams, but not as active ones; one stream above the
-        limit gets 503, with Retry-After, and does not count either."""
+    async def test_too_many(self) -> None:
+        """Of two streams the third gets 503, with Retry-After; a body that never arrives counts
+        against that limit, but not as an active stream."""
         async with upstream(stalls) as up, serving(up, max_streams=2) as url:
             _, writer = await self.connect(url)
             writer.write(request(Content_Length="999"))
-            async with self.post(url) as response:
-                await response.content.readuntil(b"\n\n")
+            async with self.post(url):
                 answer = await self.ask(url)
                 self.assertEqual((answer.status, answer.error["code"]), (503, "too_many_streams"))
                 self.assertEqual(answer.headers["Retry-After"], "1")
@@ -1369,22 +1227,12 @@ class Access(Case):
     async def test_http_1_0(self) -> None:
         """A client of HTTP/1.0 gets an answer that ends with the connection, whatever it asks."""
         async with upstream(sends(framed(SAID), TAIL)) as up, serving(up) as url:
-            for route in ("POST /stream", "GET /", "GET /nothing"):
-                sent = request(b"", route, version="1.0", connection="keep-alive")
+            for route, status in {"POST /stream": 200, "GET /": 200, "GET /nothing": 404}.items():
                 reader, writer = await self.connect(url)
-                writer.write(sent)
+                writer.write(request(b"", route, version="1.0", connection="keep-alive"))
                 answer = await asyncio.wait_for(reader.read(), PATIENCE)
-                self.assertIn(b" 404 " if "nothing" in route else b" 200 ", answer)
+                self.assertIn(b" %d " % status, answer.partition(b"\r\n")[0])
                 writer.close()
-
-    async def test_head(self) -> None:
-        """HEAD works wherever GET does."""
-        async with serving() as url:
-            for path in (
-                path for path, (method, _) in chatstream.ROUTES.items() if method == "GET"
-            ):
-                answer = await self.get(url + path, "HEAD")
-                self.assertEqual((answer.status, answer.body), (200, b""), path)
 
     async def test_page(self) -> None:
         """The page comes with its policy, which names its own script and style, with an ETag,
@@ -1395,70 +1243,48 @@ class Access(Case):
             "form-action 'none'", "frame-ancestors 'none'", "require-trusted-types-for 'script'",
             "trusted-types 'none'",
         }  # fmt: skip
-        for tag, code in re.findall(rb"(?s)<(script|style)>(.*?)</\1>", html):
-            digest = base64.b64encode(hashlib.sha256(code).digest()).decode()
-            wanted.add(f"{tag.decode()}-src 'sha256-{digest}'")
+        for tag, text in re.findall(r"(?s)<(script|style)>(.*?)</\1>", html.decode()):
+            digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+            wanted.add(f"{tag}-src 'sha256-{digest}'")
         async with serving() as url:
             answer = await self.get(url)
+            headers = answer.headers
             self.assertEqual(answer.body, html)
-            policy = answer.headers["Content-Security-Policy"].split("; ")
-            self.assertEqual((set(policy), len(policy)), (wanted, 10))
+            self.assertEqual(sorted(headers["Content-Security-Policy"].split("; ")), sorted(wanted))
             for name, value in {
                 "Cache-Control": "no-cache",
                 "Referrer-Policy": "no-referrer",
                 "Cross-Origin-Opener-Policy": "same-origin",
                 "Cross-Origin-Resource-Policy": "same-origin",
             }.items():
-                self.assertEqual(answer.headers[name], value)
-            self.assertIn("microphone=()", answer.headers["Permissions-Policy"])
-            self.assertNotIn("Strict-Transport-Security", answer.headers)
-            tag = answer.headers["ETag"]
+                self.assertEqual(headers[name], value)
+            self.assertIn("microphone=()", headers["Permissions-Policy"])
+            self.assertNotIn("Strict-Transport-Security", headers)
+            tag = headers["ETag"]
             for sent, status in ((tag, 304), (f'W/{tag}, "x"', 304), ("*", 304), ('"x"', 200)):
                 answer = await self.get(url, headers={"If-None-Match": sent})
                 self.assertEqual((answer.status, answer.headers["ETag"]), (status, tag), sent)
-
-    async def test_https(self) -> None:
-        """With a certificate it speaks HTTPS, and says that it will go on to."""
-        with certificate() as (cert, key, _):
-            async with serving(tls_cert=cert, tls_key=key) as url:
-                answer = await self.get(url, ssl=CLIENT_TLS)
-                self.assertIn("max-age", answer.headers["Strict-Transport-Security"])
 
 
 # ---- What can be watched -----------------------------------------------------------------
 
 
 class Watching(Case):
-    async def test_counts(self) -> None:
+    async def test_metrics(self) -> None:
         """Every POST to the stream routes is counted once, and nothing else is; what we refuse
-        has no duration."""
+        has no duration. Each metric has its help and its type, the histograms GenAI's buckets."""
         async with upstream(says("Hi")) as up, serving(up) as url:
             await self.ask(url)
             await self.get(url + "/v1/chat/completions", "POST", json=HELLO)
-            for body, headers in ((b"{", {}), (b"{}", {}), (b"", {"Host": "evil.example"})):
-                await self.ask(url, body, **headers)
+            for body, host in ((b"{", "localhost"), (b"{}", "localhost"), (b"", "evil.example")):
+                await self.ask(url, body, Host=host)
             await self.get(url + "/stream")
-            await self.get(url + "/nothing", "POST")
+            await self.get(url + "/healthz", "POST")
             self.assertEqual(await self.outcomes(url), {"completed": 2, "rejected": 3})
             metrics = await self.metrics(url)
+            answer = await self.get(url + "/metrics")
         self.assertEqual(metrics["chatstream_active_streams"], 0)
         self.assertEqual(metrics["chatstream_events_total"], 2 * 2)
-        for name in ("time_to_first_chunk", "duration"):
-            self.assertEqual(metrics[f"gen_ai_client_operation_{name}_seconds_count"], 2)
-
-    async def test_our_own_fault(self) -> None:
-        """A bug of ours is a 500, counted `failed`, and no fault of the client's."""
-        async with serving(model=()) as url:  # no way to ask for this leads through the settings
-            with self.assertLogs(level="ERROR"):
-                answer = await self.ask(url)
-            self.assertEqual((answer.status, answer.error["code"]), (500, "internal_error"))
-            self.assertEqual(await self.outcomes(url), {"failed": 1})
-
-    async def test_metrics_text(self) -> None:
-        """Each metric has its help and its type; the histograms have the GenAI buckets."""
-        async with upstream(says("Hi")) as up, serving(up) as url:
-            await self.ask(url)
-            answer = await self.get(url + "/metrics")
         self.assertIn("text/plain; version=0.0.4", answer.headers["Content-Type"])
         text = answer.body.decode()
         for name, kind in {
@@ -1472,27 +1298,29 @@ class Watching(Case):
         }.items():
             self.assertRegex(text, rf"# HELP {name} .+\n# TYPE {name} {kind}\n{name}[ _{{]")
             if kind == "histogram":
-                bounds = re.findall(name + r'_bucket\{le="([^"]+)"\} [01]\n', text)
-                self.assertEqual(
-                    [float(each) for each in bounds[:15]], [0.01 * 2**n for n in range(15)]
-                )
+                bounds = re.findall(name + r'_bucket\{le="([^"]+)"\} [012]\n', text)
+                self.assertEqual(list(map(float, bounds[:15])), [0.01 * 2**n for n in range(15)])
                 self.assertEqual(bounds[15:], ["327.68", "+Inf"])
+                self.assertEqual(metrics[name + "_count"], 2)
+
+    async def test_our_own_fault(self) -> None:
+        """A bug of ours is a 500, counted `failed`, and no fault of the client's."""
+        async with serving(model=()) as url:  # variables and flags cannot ask for this
+            with self.assertLogs(level="ERROR"):
+                answer = await self.ask(url)
+            self.assertEqual((answer.status, answer.error["code"]), (500, "internal_error"))
+            self.assertEqual(await self.outcomes(url), {"failed": 1})
 
     async def test_no_secret_gets_out(self) -> None:
         """One log line a stream: id, outcome, status, events, and how long. Key, token and
         message text stand in no answer, log line, metric, repr or process list."""
         secrets = ["sk-secret-1", "token-secret-2", "PRIVATE TEXT"]
         body = json.dumps({"messages": [{"role": "user", "content": secrets[2]}]}).encode()
-        leaky = json.dumps({"error": {"message": f"{LEAK.decode()} {secrets[:2]}"}}).encode()
+        leak = json.dumps({"error": f"{secrets[:2]}"}).encode()
         env = {"OPENAI_API_KEY": secrets[0], "CHATSTREAM_TOKEN": secrets[1], "OPENAI_MODEL": "m"}
         seen = [repr(Settings(api_key=secrets[0], token=secrets[1]))]
         async with upstream(says("Hi")) as up, program(OPENAI_BASE_URL=up.url, **env) as run:
-            for up.reply in (
-                says("Hi"),
-                fails(400, leaky),
-                sends(framed(leaky)),
-                fails(500, leaky),
-            ):
+            for up.reply in (says("Hi"), fails(400, leak), sends(framed(leak)), fails(500, leak)):
                 for text in (body, body[:-1], b'{"messages":[{"role":"PRIVATE TEXT"}]}'):
                     for token in (secrets[1], "no"):
                         headers = {"Authorization": f"Bearer {token}", "X-Request-Id": "my-id"}
@@ -1510,24 +1338,24 @@ class Watching(Case):
                 self.assertNotIn(secret, place)
 
     async def test_nothing_is_left_behind(self) -> None:
-        """1,200 streams, whole, refused, broken and left, leave memory and files as they were."""
+        """Streams by the hundred, whole, refused, broken and left, leave memory and files as
+        they were."""
         replies = {"a": says("Hi"), "b": fails(400, b"{}"), "c": sends(framed(SAID)), "d": stalls}
 
-        async def some(number: int) -> None:
-            for _, model in itertools.product(range(number), replies):
+        async def some() -> None:
+            for model in [*replies] * 10:
                 async with self.post(run.url, model) as response:
                     await (response.content.readany() if model == "d" else response.read())
 
         async with upstream(lambda call: replies[call.body["model"]](call)) as up:
             async with program(OPENAI_BASE_URL=up.url, OPENAI_MODEL="a,b,c,d") as run:
-                await asyncio.gather(*(some(10) for _ in range(10)))
-                files, memory = run.files(), [run.memory()]
-                for _ in range(3):  # a leak shows in each of them
-                    await asyncio.gather(*(some(10) for _ in range(10)))
+                memory = []
+                for _ in range(4):
+                    await asyncio.gather(*(some() for _ in range(10)))
                     memory.append(run.memory())
                 grown = [after - before for before, after in itertools.pairwise(memory)]
-                self.assertLess(min(grown), 300_000, grown)
-                self.assertLessEqual(run.files(), files + 10)  # the pool's idle ones
+                self.assertLess(min(grown), 300_000, "a leak shows in each of them")
+                self.assertLess(run.files(), 30, "but for the pool's idle ones")
                 await run.end(signal.SIGTERM)
         self.assertNotIn("Warning", run.err)
         self.assertNotIn("Traceback", run.err)
@@ -1545,12 +1373,11 @@ class Watching(Case):
                 self.assertEqual(statuses, [200] * 4 + [503] * 4)
                 for answer in answers:
                     await answer.read() if answer.status == 503 else answer.close()
-                await self.until_counted(run.url, "client_gone")
                 others = []
                 while run.files() < 72:
                     others.append(await self.connect(run.url))
                     await asyncio.sleep(0.005)
-                answer = await self.ask(run.url)  # on the connection that is open
+                answer = await self.ask(run.url)  # on a connection that is open
                 self.assertEqual((answer.status, answer.error["code"]), (503, "too_many_streams"))
                 for _, writer in others:
                     writer.close()
@@ -1560,14 +1387,6 @@ class Watching(Case):
                 await run.end(signal.SIGTERM)
         self.assertIn("72 open files allow 4 streams; 1000 need ulimit -n 2064", run.err)
         self.assertLess(run.err.count("out of system resource"), 4)
-
-    def test_quiet(self) -> None:
-        """Of a connection without an open file asyncio tells once a second at the most."""
-        quiet, made = chatstream.Quiet(), logging.makeLogRecord
-        info = (OSError, OSError(errno.EMFILE, "x"), None)
-        told = [quiet(made({"exc_info": info, "created": t})) for t in (5.0, 5.1, 5.9, 7.0)]
-        self.assertEqual(told, [True, False, False, True])
-        self.assertTrue(quiet(made({"created": 7.1})))
 
 
 # ---- Start and stop ----------------------------------------------------------------------
@@ -1622,19 +1441,18 @@ class Start(Case):
         """The line stands alone on stderr, and the exit status is 2: for a bad setting, and for
         a page that is missing or no UTF-8. Started through a link it finds its page."""
         with tempfile.TemporaryDirectory() as folder:
-            copy, link = Path(folder, "chatstream.py"), Path(folder, "link.py")
-            link.symlink_to(HERE / "chatstream.py")
-            async with running([str(link)], {}) as run:
+            path, page = Path(folder, "chatstream.py"), Path(folder, "index.html")
+            path.symlink_to(HERE / "chatstream.py")
+            async with running([str(path)], {}) as run:
                 self.assertEqual(await run.end(signal.SIGTERM), 0)
+            path.unlink()
             shutil.copy(HERE / "chatstream.py", folder)
             for content, port, told in (
-                (None, "0", "index.html must lie beside chatstream.py"),
-                (b"\xff", "0", "UTF-8"),
-                (b"", "y", "CHATSTREAM_PORT='y'"),
-            ):
+                (None, "0", "index.html must lie"), (b"\xff", "0", "UTF-8"), (b"", "y", "='y'")
+            ):  # fmt: skip
                 if content is not None:
-                    Path(folder, "index.html").write_bytes(content)
-                async with running([str(copy), "--port", port], {}) as run:
+                    page.write_bytes(content)
+                async with running([str(path), "--port", port], {}) as run:
                     self.assertEqual((await run.end(), run.out), (2, ""))
                 self.assertEqual(len(run.err.splitlines()), 1, run.err)
                 self.assertIn(told, run.err)
@@ -1668,9 +1486,9 @@ class Start(Case):
     async def test_help(self) -> None:
         """--help names every variable."""
         async with program("--help") as run:
-            self.assertEqual(await run.end(), 0)
-        for field in fields(Settings):
-            self.assertIn(chatstream.variable(field.name), run.out)
+            await run.end()
+        for each in fields(Settings):
+            self.assertIn(chatstream.variable(each.name), run.out)
 
     async def test_shared_port(self) -> None:
         """With CHATSTREAM_REUSE_PORT several processes listen on one port."""
@@ -1735,7 +1553,7 @@ class Drain(Case):
 
         async def reply(call: Call) -> None:
             if call.request_line.startswith("POST"):
-                return await waits(go)(call)
+                return await stalls(call, until=go)
             await go.wait()
             return await fails(200, b'{"data":[{"id":"a"}]}')(call)
 
@@ -1832,17 +1650,15 @@ class Drain(Case):
 
     async def test_broken_outputs(self) -> None:
         """Whatever becomes of stdout and stderr, a shutdown still waits for its streams."""
-        full = {"PYTHONIOENCODING": "ascii", "OPENAI_MODEL": "模型"}
-
-        async def drains(redirect: str) -> None:
+        for redirect in (">/dev/full 2>/dev/full", "1>&- 2>&-", "2>&-"):
             go = asyncio.Event()
-            with socket.create_server(("127.0.0.1", 0)) as free:
-                env = full | {"CHATSTREAM_PORT": str(free.getsockname()[1])}
-            async with upstream(waits(go)) as up:
-                env["OPENAI_BASE_URL"] = up.url
-                shell = f'exec "$@" {redirect}'
-                async with running(["chatstream.py"], env, shell) as run:
-                    await self.until_open(run.url)
+            async with upstream(partial(stalls, until=go)) as up:
+                env = {
+                    "PYTHONIOENCODING": "ascii",
+                    "OPENAI_MODEL": "模型",
+                    "OPENAI_BASE_URL": up.url,
+                }
+                async with self.deaf(env, f'exec "$@" {redirect}') as run:
                     async with self.post(run.url) as response:
                         await response.content.readany()
                         run.process.send_signal(signal.SIGTERM)
@@ -1852,16 +1668,18 @@ class Drain(Case):
                     self.assertEqual(await run.end(), 0, redirect)
                     self.assertNotIn("outcome=", run.out, "log lines are no output")
 
-        redirects = (">/dev/full 2>/dev/full", "1>&- 2>&-", "2>&-")
-        await asyncio.gather(*map(drains, redirects))
-
-    async def until_open(self, url: str) -> None:
-        async with asyncio.timeout(PATIENCE):
-            while True:
+    @asynccontextmanager
+    async def deaf(self, env: dict[str, str], *how: str, **more: Any) -> AsyncIterator[Program]:
+        """The program, where what it prints cannot be read: on a port that we choose."""
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            env = env | {"CHATSTREAM_PORT": str(free.getsockname()[1])}
+        async with running(["chatstream.py"], env, *how, **more) as run, asyncio.timeout(PATIENCE):
+            for _ in itertools.count():
                 with suppress(aiohttp.ClientError):
-                    await self.metrics(url)
-                    return
+                    await self.metrics(run.url)
+                    break
                 await asyncio.sleep(0.02)
+            yield run
 
     async def test_outputs_that_nobody_reads(self) -> None:
         """A pipe whose reader has gone or sleeps: lines are dropped, it drains all the same, and
@@ -1869,12 +1687,9 @@ class Drain(Case):
         gone, stdout = os.pipe()
         os.close(gone)  # as `| head -1` does
         asleep, stderr = os.pipe()
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            env = {"CHATSTREAM_PORT": str(free.getsockname()[1])}
         async with upstream(says("Hi")) as up:
-            env["OPENAI_BASE_URL"] = up.url
-            async with running(["chatstream.py"], env, stdout=stdout, stderr=stderr) as run:
-                await self.until_open(run.url)
+            env = {"OPENAI_BASE_URL": up.url}
+            async with self.deaf(env, stdout=stdout, stderr=stderr) as run:
                 for _ in range(20):  # 64 KB fill a pipe
                     asks = (self.ask(run.url, b"{", X_Request_Id="x" * 128) for _ in range(20))
                     await asyncio.gather(*asks)
