@@ -29,13 +29,7 @@ import tempfile
 import time
 import unittest
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import (
-    AbstractAsyncContextManager,
-    AsyncExitStack,
-    asynccontextmanager,
-    contextmanager,
-    suppress,
-)
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -68,19 +62,19 @@ class Call(asyncio.Protocol):
         self.up, self.buffer = up, b""
         self.gone = asyncio.Event()  # the other side has closed the connection
         self.writable = asyncio.Event()
-        self.writable.set()
+        self.resume_writing()
 
     def connection_made(self, transport: Any) -> None:
         self.transport: asyncio.Transport = transport
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.gone.set()
+        self.resume_writing()
 
     def pause_writing(self) -> None:
         self.writable.clear()
 
     def resume_writing(self) -> None:
-        self.writable.set()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.gone.set()
         self.writable.set()
 
     def data_received(self, data: bytes) -> None:
@@ -114,7 +108,7 @@ class Call(asyncio.Protocol):
     ) -> None:
         """The head of a chunked answer; `retry_after="5"` makes a header `retry-after: 5`."""
         lines = [f"HTTP/1.1 {status} X", "Transfer-Encoding: chunked"]
-        lines += [f"Content-Type: {content_type}"] if content_type else []
+        headers |= {"content_type": content_type} if content_type else {}
         lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
         self.chunked = True
         await self.raw("\r\n".join([*lines, "", ""]).encode())
@@ -135,7 +129,7 @@ Reply = Callable[[Call], Awaitable[None]]
 class Upstream:
     reply: Reply
     url: str = ""
-    calls: list[Call] = field(default_factory=list)  # one that is used again stands here again
+    calls: list[Call] = field(default_factory=list)  # a connection used twice stands here twice
 
 
 @asynccontextmanager
@@ -143,8 +137,8 @@ async def upstream(reply: Reply, tls: ssl.SSLContext | None = None) -> AsyncIter
     up = Upstream(reply)
     make_server = asyncio.get_running_loop().create_server
     server = await make_server(lambda: Call(up), "127.0.0.1", 0, ssl=tls)
-    host = "localhost" if tls else "127.0.0.1"
-    up.url = f"http{'s' if tls else ''}://{host}:{server.sockets[0].getsockname()[1]}/v1"
+    port = server.sockets[0].getsockname()[1]
+    up.url = f"https://localhost:{port}/v1" if tls else f"http://127.0.0.1:{port}/v1"
     try:
         yield up
     finally:
@@ -165,17 +159,8 @@ def delta(finish_reason: str | None = None, **fields: Any) -> bytes:
 
 def says(*pieces: str, finish: str | None = "stop", usage: Any = None) -> Reply:
     """A reply that streams these pieces of text, and ends as it should."""
-
-    async def reply(call: Call) -> None:
-        await call.start()
-        for piece in pieces:
-            await call.send(delta(content=piece))
-        await call.send(delta(finish))
-        if usage:
-            await call.send(chunk(choices=[], usage=usage))
-        await call.send(DONE)
-
-    return reply
+    events = [*(delta(content=piece) for piece in pieces), delta(finish)]
+    return sends(*events, *([chunk(choices=[], usage=usage)] if usage else []), DONE)
 
 
 def sends(
@@ -229,15 +214,13 @@ async def serving(up: Upstream | None = None, **settings: Any) -> AsyncIterator[
         await server.drain()
 
 
-def request(
-    body: bytes = b"", route: str = "POST /stream", version: str = "1.1", **more: str
-) -> bytes:
+def request(body: bytes = b"", line: str = "POST /stream HTTP/1.1", **more: str) -> bytes:
     """A request as it travels: of this body, else of HELLO, with these headers besides."""
     body = body or json.dumps(HELLO).encode()
     headers = {"Host": "localhost", "Content-Type": "application/json", "Content-Length": len(body)}
     headers |= {name.replace("_", "-"): value for name, value in more.items()}
-    lines = [f"{name}: {value}" for name, value in headers.items()]
-    return "\r\n".join([f"{route} HTTP/{version}", *lines, "", ""]).encode() + body
+    lines = [line, *(f"{name}: {value}" for name, value in headers.items()), "", ""]
+    return "\r\n".join(lines).encode() + body
 
 
 class Answer:
@@ -264,9 +247,9 @@ class Answer:
 
 class Case(unittest.IsolatedAsyncioTestCase):
     async def asyncSetUp(self) -> None:
-        timeout = aiohttp.ClientTimeout(total=PATIENCE)
-        connector = aiohttp.TCPConnector(limit=0)
-        self.client = aiohttp.ClientSession(timeout=timeout, connector=connector)
+        limits: Any = {"connector": aiohttp.TCPConnector(limit=0)}
+        limits["timeout"] = aiohttp.ClientTimeout(total=PATIENCE)
+        self.client = aiohttp.ClientSession(**limits)
         self.addAsyncCleanup(self.client.close)
         self.loop_errors: list[Any] = []
         handler = lambda _, context: self.loop_errors.append(context)  # noqa: E731
@@ -297,17 +280,17 @@ class Case(unittest.IsolatedAsyncioTestCase):
         """POST /stream, as a context in which the answer is still running."""
         return self.client.post(url + "/stream", json=HELLO | {"model": model})
 
-    async def raw(self, url: str, data: bytes) -> bytes:
-        """What the server answers to these bytes, up to the end of an error."""
-        reader, writer = await self.connect(url)
-        writer.write(data)
-        answer = await self.read_until(reader, b"}}")
-        writer.close()
-        return answer
-
     async def connect(self, url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         tls = CLIENT_TLS if url.startswith("https") else None
         return await asyncio.open_connection("127.0.0.1", urlsplit(url).port, ssl=tls)
+
+    async def raw(self, url: str, data: bytes, end: bytes = b"}}") -> bytes:
+        """What the server answers to these bytes, up to the end of an error, or this one."""
+        reader, writer = await self.connect(url)
+        writer.write(data)
+        answer = await self.read_until(reader, end)
+        writer.close()
+        return answer
 
     async def read_until(self, reader: asyncio.StreamReader, end: bytes) -> bytes:
         """What comes, until this has come or nothing more does."""
@@ -325,19 +308,19 @@ class Case(unittest.IsolatedAsyncioTestCase):
     async def outcomes(self, url: str) -> dict[str, float]:
         """How streams ended, and how often."""
         name = re.compile(r'chatstream_streams_total\{outcome="(\w+)"\}')
-        all_of_them = (await self.metrics(url)).items()
-        return {found[1]: n for each, n in all_of_them if n and (found := name.fullmatch(each))}
+        every = (await self.metrics(url)).items()
+        return {found[1]: n for each, n in every if n and (found := name.fullmatch(each))}
+
+    async def until_counted(self, url: str, outcome: str) -> None:
+        async with asyncio.timeout(PATIENCE):
+            while outcome not in await self.outcomes(url):
+                await asyncio.sleep(0.02)
 
     async def eventually(self, true: Callable[[], Any]) -> Any:
         async with asyncio.timeout(PATIENCE):
             while not (found := true()):
                 await asyncio.sleep(0.002)
         return found
-
-    async def until_counted(self, url: str, outcome: str) -> None:
-        async with asyncio.timeout(PATIENCE):
-            while outcome not in await self.outcomes(url):
-                await asyncio.sleep(0.02)
 
 
 # ---- The program, as people start it -----------------------------------------------------
@@ -415,18 +398,18 @@ async def running(
 ) -> AsyncIterator[Program]:
     """Python runs this, started by a shell. The address is read from its first line; where that
     is not to be had, the environment has chosen the port."""
-    environment = clean_environment(**environment)
-    command = ["sh", "-c", shell, "sh", sys.executable, *command]
+    env = clean_environment(**environment)
     with tempfile.TemporaryFile() as log:
-        usual: Any = {"cwd": HERE, "env": environment, "stdout": subprocess.PIPE, "stderr": log}
-        process = await asyncio.create_subprocess_exec(*command, **(usual | how))
+        usual: Any = {"cwd": HERE, "env": env, "stdout": subprocess.PIPE, "stderr": log}
+        shell_command = ("sh", "-c", shell, "sh", sys.executable, *command)
+        process = await asyncio.create_subprocess_exec(*shell_command, **usual | how)
         run = Program(process, log)
-        run.url = f"http://127.0.0.1:{environment['CHATSTREAM_PORT']}"
         try:
             if process.stdout:
                 line = await asyncio.wait_for(process.stdout.readline(), PATIENCE)
                 run.out = line.decode()
-                run.url = run.out.rpartition(" ")[2].strip() or run.url
+            chosen = f"http://127.0.0.1:{env['CHATSTREAM_PORT']}"
+            run.url = run.out.rpartition(" ")[2].strip() or chosen
             yield run
         finally:
             if process.returncode is None:
@@ -434,7 +417,7 @@ async def running(
                 await process.communicate()
 
 
-def program(*arguments: str, **environment: str) -> AbstractAsyncContextManager[Program]:
+def program(*arguments: str, **environment: str) -> Any:
     return running(["chatstream.py", *arguments], environment)
 
 
@@ -473,8 +456,7 @@ GOOD_STREAMS = {  # name: what the upstream sends, and what goes out if it is no
     "several data lines": [
         b'data: {"choices":\r\ndata: [{}]}\r\n\r\n' * 2 + TAIL,
         framed(b'{"choices": [{}]}') * 2 + TAIL],
-    "white space around": [
-        b"data:   " + STOP + b"\t\n\ndata:  [DONE] \n\n", framed(b"  " + STOP + b"\t") + DONE],
+    "white space around": [framed(b" %b\t" % STOP, b" [DONE] "), framed(b" %b\t" % STOP) + DONE],
     "finish_reason, then the end": [GOOD.removesuffix(DONE)],
     "[DONE] without its blank line": [GOOD[:-1]],
     "[DONE] without its newline": [GOOD[:-2]],
@@ -489,9 +471,7 @@ GOOD_STREAMS = {  # name: what the upstream sends, and what goes out if it is no
 }.items()}
 BAD_STREAMS: dict[str, dict[str, bytes]] = {  # code and message: by name, what the upstream sends
     "busy Overloaded": {
-        "an error object": framed(LOUD),
-        "event: error": b"event: error\n" + framed(LOUD),
-    },
+        "an error object": framed(LOUD), "event: error": b"event: error\n" + framed(LOUD)},
     "upstream_error Ouch": {
         "a text (LM Studio)": framed(b'{"error":"Ouch"}'),
         "object: error (vLLM)": framed(b'{"object":"error","message":"Ouch","code":400}'),
@@ -526,26 +506,22 @@ BAD_STREAMS: dict[str, dict[str, bytes]] = {  # code and message: by name, what 
 # fmt: on
 
 
-def splits(body: bytes) -> Iterator[list[int]]:
-    """Whole; halved; if short in single bytes, and in two at each: inside UTF-8 and CRLF."""
-    yield []
-    yield [len(body) // 2]
-    if len(body) < 4000:
-        yield list(range(1, len(body)))
-        yield from ([offset] for offset in range(1, len(body)))
-
-
 class Framing(unittest.TestCase):
     """What upstreams really send (the sources stand in the names), cut in every way."""
+
+    def splits(self, body: bytes) -> Iterator[list[int]]:
+        """Whole; halved; if short in single bytes, and in two at each: in UTF-8 and CRLF too."""
+        yield from ([], [len(body) // 2])
+        if len(body) < 4000:
+            yield list(range(1, len(body)))
+            yield from ([offset] for offset in range(1, len(body)))
 
     def feed(self, body: bytes, cuts: list[int], cut: bool = False) -> tuple[bytes, Relay]:
         relay, out = Relay(100_000), b""
         for start, end in itertools.pairwise([0, *cuts, len(body)]):
             if start < end and not (relay.done or relay.failure):
                 out += relay.feed(body[start:end])
-        if not (relay.done or relay.failure):
-            out += relay.close(cut)
-        return out, relay
+        return out + (b"" if relay.done or relay.failure else relay.close(cut)), relay
 
     def fails(
         self, code: str, body: bytes, cuts: list[int], cut: bool = False
@@ -559,36 +535,41 @@ class Framing(unittest.TestCase):
     def test_good_streams(self) -> None:
         """Whatever the framing, out goes `data: PAYLOAD`, byte for byte, then [DONE]."""
         for name, (body, *expected) in GOOD_STREAMS.items():
-            for cuts in splits(body):
+            for cuts in self.splits(body):
                 with self.subTest(name, cuts=cuts[:1]):
                     out, relay = self.feed(body, cuts)
                     self.assertEqual(out, expected[0] if expected else GOOD)
                     self.assertEqual((relay.done, relay.failure), (True, None))
 
     def test_bad_streams(self) -> None:
-        """Whatever the dialect of the error, it is told, alone or after an answer's part; and
-        what came before it goes out."""
+        """Whatever the dialect of the error, it is told, alone or after part of an answer."""
         rows = [(end, *row) for end, rows in BAD_STREAMS.items() for row in rows.items()]
         for ending, name, body in rows:
             with self.subTest(name):
                 code, _, message = ending.partition(" ")
                 self.assertEqual(self.fails(code, body, [])[0], b"")
                 good = b"" if code == "empty_stream" else framed(SAID)
-                is_stray = code == "upstream_invalid" and not body.startswith(b"data")
-                for cuts in splits(good + body):
-                    then = "stream_truncated" if is_stray else code
-                    out, told = self.fails(then, good + body, cuts)
+                if code == "upstream_invalid" and not body.startswith(b"data"):
+                    code = "stream_truncated"
+                for cuts in self.splits(good + body):
+                    out, told = self.fails(code, good + body, cuts)
                     self.assertEqual(out, good)
                     self.assertIn(message, told)
 
     def test_truncation_at_every_byte(self) -> None:
         """An answer that ends before its finish_reason is never a whole one; one whose
         connection breaks needs its [DONE], too."""
-        start, whole = len(framed(SAID)), GOOD.index(STOP) + len(STOP)
-        for length in range(start, len(GOOD)):
+        for length in range(len(framed(SAID)), len(GOOD)):
             self.fails("stream_truncated", GOOD[:length], [], cut=True)
-            if length < whole:
+            if length < GOOD.index(STOP) + len(STOP):
                 self.fails("stream_truncated", GOOD[:length], [])
+
+    def test_at_once(self) -> None:
+        """An event goes out the moment its last byte is in, not when the next one comes."""
+        for end in (b"\n\n", b"\r\n\r", b"\r\r"):
+            self.assertEqual(
+                Relay(99).feed(b'data: {"choices":[]}' + end), framed(b'{"choices":[]}')
+            )
 
     def test_long_event_in_small_pieces(self) -> None:
         """An event just within the limit passes, and costs time in proportion to its length."""
@@ -597,19 +578,11 @@ class Framing(unittest.TestCase):
         self.assertEqual((out, relay.done), (framed(payload) + TAIL, True))
         self.fails("event_too_large", framed(payload[:-3] + b'x"]}'), [])
 
-    def test_at_once(self) -> None:
-        """An event goes out the moment its last byte is in, not when the next one comes."""
-        for end in (b"\n\n", b"\r\n\r", b"\r\r"):
-            self.assertEqual(
-                Relay(100).feed(b'data: {"choices":[]}' + end), framed(b'{"choices":[]}')
-            )
-
 
 class Transcripts(Case):
-    """What servers that nobody here wrote really sent, through the whole of chatstream."""
-
     async def test_replay(self) -> None:
-        """Each of them ends as its text says: whole, or with the error that it is."""
+        """What servers that nobody here wrote really sent ends, through the whole of chatstream,
+        as its text says: whole, or with the error that it is."""
         folder = os.environ.get("CHATSTREAM_TRANSCRIPTS", "")
         if not folder:
             self.skipTest("CHATSTREAM_TRANSCRIPTS names no folder of transcripts")
@@ -1229,7 +1202,7 @@ class Access(Case):
         async with upstream(sends(framed(SAID), TAIL)) as up, serving(up) as url:
             for route, status in {"POST /stream": 200, "GET /": 200, "GET /nothing": 404}.items():
                 reader, writer = await self.connect(url)
-                writer.write(request(b"", route, version="1.0", connection="keep-alive"))
+                writer.write(request(b"", f"{route} HTTP/1.0", connection="keep-alive"))
                 answer = await asyncio.wait_for(reader.read(), PATIENCE)
                 self.assertIn(b" %d " % status, answer.partition(b"\r\n")[0])
                 writer.close()
@@ -1391,32 +1364,29 @@ class Watching(Case):
 
 # ---- Start and stop ----------------------------------------------------------------------
 
-# fmt: off
-REFUSED: dict[str, tuple[dict[str, str], list[str]]] = {  # what the one line has: variables, flags
-    "CHATSTREAM_PORT 'x' 65535": ({"CHATSTREAM_PORT": "x"}, []),
-    "CHATSTREAM_PORT '65536' 65535": ({"CHATSTREAM_PORT": "65536"}, []),
-    "CHATSTREAM_PORT 'y'": ({"CHATSTREAM_PORT": "1"}, ["--port", "y"]),
-    "CHATSTREAM_MAX_STREAMS '-1' from 1": ({"CHATSTREAM_MAX_STREAMS": "-1"}, []),
-    "CHATSTREAM_IDLE_SECONDS '0' above 0": ({"CHATSTREAM_IDLE_SECONDS": "0"}, []),
-    "CHATSTREAM_IDLE_SECONDS 'nan' above 0": ({"CHATSTREAM_IDLE_SECONDS": "nan"}, []),
-    "CHATSTREAM_IDLE_SECONDS 'inf' above 0": ({"CHATSTREAM_IDLE_SECONDS": "inf"}, []),
-    "CHATSTREAM_DRAIN_SECONDS '-1' from 0": ({"CHATSTREAM_DRAIN_SECONDS": "-1"}, []),
-    "CHATSTREAM_REUSE_PORT 'maybe' true or false": ({"CHATSTREAM_REUSE_PORT": "maybe"}, []),
-    "OPENAI_MODEL ',' comma-separated": ({"OPENAI_MODEL": " , "}, []),
-    "OPENAI_BASE_URL 'ftp://x/' http(s)": ({"OPENAI_BASE_URL": "ftp://x/"}, []),
-    "OPENAI_BASE_URL 'localhost' http(s)": ({"OPENAI_BASE_URL": "localhost"}, []),
-    "OPENAI_BASE_URL 'http://-..-/v1'": ({"OPENAI_BASE_URL": "http://-..-/v1"}, []),
-    "OPENAI_BASE_URL 'http://x:99999/'": ({"OPENAI_BASE_URL": "http://x:99999/"}, []),
-    "OPENAI_API_KEY not shown": ({"OPENAI_API_KEY": "s3\ncret"}, []),
-    "--colour --help": ({}, ["--colour", "y"]),
-    "--token; --help": ({}, ["--token", "s3cret"]),
-    "CHATSTREAM_TOKEN 127.0.0.1": ({"CHATSTREAM_HOST": "0.0.0.0"}, []),
-    "CHATSTREAM_TLS_KEY both": ({"CHATSTREAM_TLS_CERT": "x"}, []),
-    "CHATSTREAM_TLS_CERT=/none": (
-        {"CHATSTREAM_TLS_CERT": "/none", "CHATSTREAM_TLS_KEY": "/none"}, []),
-    "CHATSTREAM_HOST=192.0.2.1": ({"CHATSTREAM_HOST": "192.0.2.1", "CHATSTREAM_TOKEN": "t"}, []),
+REFUSED = {  # what is set (flags begin with --): what the one line says of it
+    "CHATSTREAM_PORT=x": "'x' must be a whole number from 0, up to 65535",
+    "CHATSTREAM_PORT=65536": "'65536' must be a whole number",
+    "--port=y": "CHATSTREAM_PORT='y' must be a whole number",
+    "CHATSTREAM_MAX_STREAMS=0": "'0' must be a whole number from 1",
+    "CHATSTREAM_IDLE_SECONDS=0": "'0' must be a number of seconds above 0",
+    "CHATSTREAM_IDLE_SECONDS=nan": "'nan' must be",
+    "CHATSTREAM_IDLE_SECONDS=inf": "'inf' must be",
+    "CHATSTREAM_DRAIN_SECONDS=-1": "'-1' must be a number of seconds from 0",
+    "CHATSTREAM_REUSE_PORT=maybe": "'maybe' must be true or false",
+    "OPENAI_MODEL=,": "',' must be one name or more",
+    "OPENAI_BASE_URL=ftp://x/": "'ftp://x/' must be an http(s) URL",
+    "OPENAI_BASE_URL=localhost": "'localhost' must be an http(s) URL",
+    "OPENAI_BASE_URL=http://-..-/v1": "'http://-..-/v1' must be",
+    "OPENAI_BASE_URL=http://x:99999/": "'http://x:99999/' must be",
+    "OPENAI_API_KEY=s3\ncret": "(not shown) must be visible ASCII",
+    "--colour=y": "no such flag: --colour; --help",
+    "--token=s3\ncret": "no such flag: --token; --help",
+    "CHATSTREAM_HOST=0.0.0.0": "set CHATSTREAM_TOKEN, or listen on 127.0.0.1",
+    "CHATSTREAM_TLS_CERT=/none": "CHATSTREAM_TLS_KEY: set both",
+    "CHATSTREAM_TLS_CERT=/none CHATSTREAM_TLS_KEY=/none": "CHATSTREAM_TLS_CERT=/none",
+    "CHATSTREAM_HOST=192.0.2.1 CHATSTREAM_TOKEN=t": "CHATSTREAM_HOST=192.0.2.1",
 }
-# fmt: on
 AS_A_PROGRAM = "import os, runpy, asyncio; {}; runpy.run_path('chatstream.py', run_name='__main__')"
 
 
@@ -1425,17 +1395,17 @@ class Start(Case):
         """A bad or dangerous set-up stops the start with one line that shows the way out, and
         shows no secret; so does a port that is taken."""
         with socket.create_server(("127.0.0.1", 0)) as taken:
-            port = str(taken.getsockname()[1])
-            rows: Any = {f"CHATSTREAM_PORT={port} free": ({"CHATSTREAM_PORT": port}, [])}
-            for words, (environ, arguments) in (REFUSED | rows).items():
-                with self.subTest(words), self.assertRaises(BadSetting) as caught:
-                    settings = chatstream.read_settings(environ, arguments)
-                    await Chatstream(settings).start()
+            setting = f"CHATSTREAM_PORT={taken.getsockname()[1]}"
+            for given, told in (REFUSED | {setting: setting}).items():
+                with self.subTest(given), self.assertRaises(BadSetting) as caught:
+                    words = given.split(" ")
+                    environ = dict(word.split("=") for word in words if word[0] != "-")
+                    flags = [word for word in words if word[0] == "-"]
+                    await Chatstream(chatstream.read_settings(environ, flags)).start()
                 line = str(caught.exception)
-                for word in words.split():
-                    self.assertIn(word, line)
+                self.assertIn(told, line)
+                self.assertIn(given.partition("=")[0].removeprefix("--port"), line)
                 self.assertNotIn("\n", line)
-                self.assertNotIn("cret", line.replace("secret", ""))
 
     async def test_refused_program(self) -> None:
         """The line stands alone on stderr, and the exit status is 2: for a bad setting, and for
@@ -1447,9 +1417,8 @@ class Start(Case):
                 self.assertEqual(await run.end(signal.SIGTERM), 0)
             path.unlink()
             shutil.copy(HERE / "chatstream.py", folder)
-            for content, port, told in (
-                (None, "0", "index.html must lie"), (b"\xff", "0", "UTF-8"), (b"", "y", "='y'")
-            ):  # fmt: skip
+            rows = (("index.html must lie", None, "0"), ("UTF-8", b"\xff", "0"), ("='y'", b"", "y"))
+            for told, content, port in rows:
                 if content is not None:
                     page.write_bytes(content)
                 async with running([str(path), "--port", port], {}) as run:
@@ -1478,10 +1447,9 @@ class Start(Case):
         """A flag beats its variable; an empty variable is none; numbers keep their fraction."""
         env = {"CHATSTREAM_PORT": "1", "CHATSTREAM_MAX_STREAMS": "", "OPENAI_MODEL": "a, b"}
         args = ["--port", "2", "--idle-seconds", "0.5", "--drain-seconds", "0", "--reuse-port"]
-        settings = chatstream.read_settings(env, args)
-        self.assertEqual((settings.port, settings.max_streams), (2, 1000))
-        self.assertEqual((settings.idle_seconds, settings.drain_seconds), (0.5, 0.0))
-        self.assertEqual((settings.model, settings.reuse_port), (("a", "b"), True))
+        told = chatstream.read_settings(env, args)
+        self.assertEqual((told.port, told.max_streams, told.idle_seconds), (2, 1000, 0.5))
+        self.assertEqual((told.drain_seconds, told.model, told.reuse_port), (0, ("a", "b"), True))
 
     async def test_help(self) -> None:
         """--help names every variable."""
@@ -1503,22 +1471,23 @@ class Start(Case):
         async with program("--heartbeat-seconds", "0.2", http_proxy=NOWHERE, no_proxy="") as run:
             async with self.post(run.url) as response:
                 await response.content.readany()
-            names = ["demo", "demo-slow-start", "demo-cut-off", "demo-error", "demo-rate-limit"]
             listed = json.loads((await self.get(run.url + "/v1/models")).body)["data"]
-            self.assertEqual([each["id"] for each in listed], names)
-            tasks = [self.ask(run.url, HELLO | {"model": name}) for name in names]
-            whole, slow, cut, error, limit = await asyncio.gather(*tasks)
-            deltas = (json.loads(each)["choices"][0]["delta"] for each in whole.payloads[:-1])
-            text = "".join(each.get("content", "") for each in deltas)
-            for words in ("# Hello from the demo", "> Hello", "OPENAI_API_KEY"):
-                self.assertIn(words, text)
-            self.assertEqual(whole.payloads[-1], b"[DONE]")
-            self.assertTrue(slow.body.startswith(b": keep-alive\n\n"))
-            self.assertEqual(slow.payloads[-1], b"[DONE]")
-            self.assertEqual(cut.error["code"], "stream_truncated")
-            self.assertEqual((error.status, error.error["code"]), (200, "out_of_memory"))
-            self.assertEqual((limit.status, limit.headers["Retry-After"]), (429, "5"))
+            names = [each["id"] for each in listed]
+            asks = (self.ask(run.url, HELLO | {"model": name}) for name in names)
+            answers = dict(zip(names, await asyncio.gather(*asks), strict=True))
             await run.end(signal.SIGTERM)
+        whole, slow = answers.pop("demo"), answers.pop("demo-slow-start")
+        deltas = (json.loads(each)["choices"][0]["delta"] for each in whole.payloads[:-1])
+        text = "".join(each.get("content", "") for each in deltas)
+        for words in ("# Hello from the demo", "> Hello", "OPENAI_API_KEY"):
+            self.assertIn(words, text)
+        self.assertEqual((whole.payloads[-1], slow.payloads[-1]), (b"[DONE]", b"[DONE]"))
+        self.assertTrue(slow.body.startswith(b": keep-alive\n\n"))
+        self.assertEqual(answers["demo-rate-limit"].headers["Retry-After"], "5")
+        ends = {name: (each.status, each.error["code"]) for name, each in answers.items()}
+        self.assertEqual(ends.pop("demo-cut-off"), (200, "stream_truncated"))
+        self.assertEqual(ends.pop("demo-error"), (200, "out_of_memory"))
+        self.assertEqual(ends, {"demo-rate-limit": (429, "rate_limit_exceeded")})
         self.assertIn("the demo", run.out)
         self.assertNotIn("Traceback", run.err)
 
@@ -1526,13 +1495,10 @@ class Start(Case):
 class Drain(Case):
     async def test_idle(self) -> None:
         """With no stream running, SIGTERM and SIGINT end it within a second, with status 0,
-        also with a keep-alive connection and a half-sent body; also on a loop without signal
-        handlers, as Windows has it."""
+        also with a keep-alive connection and a half-sent body, which gets its 503; also on a
+        loop without signal handlers, as Windows has it."""
         refuse = AS_A_PROGRAM.format("asyncio.SelectorEventLoop.add_signal_handler = None")
-        for number, command in (
-            (signal.SIGTERM, ["chatstream.py"]),
-            (signal.SIGINT, ["-c", refuse]),
-        ):
+        for number, *command in ((signal.SIGTERM, "chatstream.py"), (signal.SIGINT, "-c", refuse)):
             async with running(command, {"OPENAI_BASE_URL": NOWHERE}) as run:
                 await self.metrics(run.url)
                 reader, writer = await self.connect(run.url)
@@ -1541,47 +1507,22 @@ class Drain(Case):
                 started = time.monotonic()
                 self.assertEqual(await run.end(number), 0)
                 self.assertLess(time.monotonic() - started, 1)
-                self.assertNotIn("Traceback", run.err)
                 self.assertIn(b" 503 ", await reader.readline())
-                self.assertIn("outcome=rejected status=503", run.err)
+                self.assertRegex(run.err, r"^\S+ \S+ id=\w+ outcome=rejected status=503 .*\n$")
                 writer.close()
 
-    async def test_running_requests_go_on(self) -> None:
-        """What runs is finished, a stream or a list of models; meanwhile new requests are
-        refused, and nobody can connect."""
-        go = asyncio.Event()
-
-        async def reply(call: Call) -> None:
-            if call.request_line.startswith("POST"):
-                return await stalls(call, until=go)
-            await go.wait()
-            return await fails(200, b'{"data":[{"id":"a"}]}')(call)
-
-        # Not in development mode, where asyncio tells of a connection that comes while it closes.
-        env = {"PYTHONDEVMODE": "", "OPENAI_MODEL": "m,*"}
-        async with upstream(reply) as up, program(OPENAI_BASE_URL=up.url, **env) as run:
-            self.assertEqual((await self.get(run.url + "/readyz")).status, 200)
-            listing = asyncio.ensure_future(self.get(run.url + "/v1/models"))
-            async with self.post(run.url) as response:
-                await response.content.readuntil(b"\n\n")
-                await self.eventually(lambda: len(up.calls) == 2)
-                await asyncio.gather(*(self.metrics(run.url) for _ in range(8)))
-                run.process.send_signal(signal.SIGTERM)
-                await self.until_closed(run.url)
-                for path, status in {"/readyz": 503, "/healthz": 200, "/": 503}.items():
-                    answer = await self.get(run.url + path)
-                    self.assertEqual(
-                        (answer.status, answer.headers["Connection"]), (status, "close")
-                    )
-                answer = await self.ask(run.url)
-                self.assertEqual((answer.status, answer.error["code"]), (503, "server_draining"))
-                self.assertEqual(answer.headers["Connection"], "close")
-                self.assertIn("Retry-After", answer.headers)
-                go.set()
-                self.assertTrue((await response.read()).endswith(DONE))
-            self.assertIn(b'"id": "a"', (await listing).body)
-            self.assertEqual(await run.end(), 0)
-        self.assertNotIn("Traceback", run.err)
+    @asynccontextmanager
+    async def deaf(self, env: dict[str, str], *how: str, **more: Any) -> AsyncIterator[Program]:
+        """The program, where what it prints cannot be read: on a port that we choose."""
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            env = env | {"CHATSTREAM_PORT": str(free.getsockname()[1])}
+        async with running(["chatstream.py"], env, *how, **more) as run, asyncio.timeout(PATIENCE):
+            while True:
+                with suppress(aiohttp.ClientError):
+                    await self.metrics(run.url)
+                    break
+                await asyncio.sleep(0.02)
+            yield run
 
     async def until_closed(self, url: str) -> None:
         async with asyncio.timeout(PATIENCE):
@@ -1591,13 +1532,67 @@ class Drain(Case):
                     writer.close()
                     await asyncio.sleep(0.01)
 
+    async def test_running_requests_go_on(self) -> None:
+        """What runs is finished, a stream or a list of models; meanwhile new requests are
+        refused, and nobody can connect. All this whatever becomes of stdout and stderr."""
+
+        async def reply(call: Call) -> None:
+            if call.request_line.startswith("POST"):
+                return await stalls(call, until=go)
+            await go.wait()
+            return await fails(200, b'{"data":[{"id":"a"}]}')(call)
+
+        # Not in development mode, where asyncio tells of a connection that comes while it closes.
+        env = {"PYTHONDEVMODE": "", "OPENAI_MODEL": "模型,*", "PYTHONIOENCODING": "ascii"}
+        for redirect in ("", ">/dev/full 2>/dev/full", ">&- 2>&-", "2>&-"):
+            go, shell = asyncio.Event(), f'exec "$@" {redirect}'
+            async with upstream(reply) as up:
+                async with self.deaf(env | {"OPENAI_BASE_URL": up.url}, shell) as run:
+                    listing = asyncio.ensure_future(self.get(run.url + "/v1/models"))
+                    async with self.post(run.url) as response:
+                        await self.eventually(lambda: len(up.calls) == 2)
+                        await asyncio.gather(*(self.get(run.url + "/readyz") for _ in range(8)))
+                        run.process.send_signal(signal.SIGTERM)
+                        await self.until_closed(run.url)
+                        for path, status in {"/readyz": 503, "/healthz": 200, "/": 503}.items():
+                            answer = await self.get(run.url + path)
+                            told = (answer.status, answer.headers["Connection"])
+                            self.assertEqual(told, (status, "close"))
+                        answer = await self.ask(run.url)
+                        told = (answer.status, answer.error["code"])
+                        self.assertEqual(told, (503, "server_draining"))
+                        self.assertIn("Retry-After", answer.headers)
+                        go.set()
+                        self.assertTrue((await response.read()).endswith(DONE))
+                    self.assertIn(b'"id": "a"', (await listing).body)
+                    self.assertEqual(await run.end(), 0)
+            self.assertNotIn("outcome=", run.out, "log lines are no output")
+            self.assertNotIn("Traceback", run.out + run.err)
+
+    async def test_outputs_that_nobody_reads(self) -> None:
+        """A pipe whose reader has gone or sleeps: lines are dropped, it drains all the same, and
+        the pipe is left as it was, since others may write to it."""
+        gone, stdout = os.pipe()
+        os.close(gone)  # as `| head -1` does
+        asleep, stderr = os.pipe()
+        async with self.deaf({"OPENAI_BASE_URL": NOWHERE}, stdout=stdout, stderr=stderr) as run:
+            for _ in range(20):  # 64 KB fill a pipe
+                asks = (self.ask(run.url, b"{", X_Request_Id="x" * 128) for _ in range(20))
+                await asyncio.gather(*asks)
+            self.assertEqual((await self.ask(run.url)).status, 502)
+            for each in (stdout, stderr):
+                self.assertFalse(fcntl.fcntl(each, fcntl.F_GETFL) & os.O_NONBLOCK)
+            self.assertEqual(await run.end(signal.SIGTERM), 0)
+        for each in (stdout, asleep, stderr):
+            os.close(each)
+
     async def test_deadline(self) -> None:
         """Those left at the deadline are told: in-band, or by 503 if nothing was sent yet; a
         stalled reader holds nobody up."""
 
         async def floods(call: Call) -> None:
             await call.start()
-            while not call.gone.is_set():
+            while True:
                 await call.send(framed(SAID) * 500)
 
         replies = {"a": silent, "b": stalls, "c": floods}
@@ -1605,19 +1600,17 @@ class Drain(Case):
         async with upstream(lambda call: replies[call.body["model"]](call)) as up:
             async with program(OPENAI_BASE_URL=up.url, **env) as run:
                 async with self.post(run.url, "c"), self.post(run.url, "c") as slow:
-                    asks = [self.ask(run.url, HELLO | {"model": model}) for model in "ab"]
-                    tasks = [asyncio.ensure_future(each) for each in asks]
+                    asks = (self.ask(run.url, HELLO | {"model": model}) for model in "ab")
+                    told = asyncio.gather(*asks)
                     await self.eventually(lambda: len(up.calls) == 4)
                     started = time.monotonic()
                     end = asyncio.ensure_future(run.end(signal.SIGTERM))
                     await asyncio.sleep(0.7)  # after the deadline it reads on
-                    last = (await slow.read())[-300:]
+                    self.assertIn(b'"code": "server_draining"', (await slow.read())[-300:])
                     self.assertEqual(await end, 0)
                     self.assertLess(time.monotonic() - started, 2.5)
-                    nothing_yet, begun = await asyncio.gather(*tasks)
-        self.assertIn(b'"code": "server_draining"', last)
-        self.assertEqual((nothing_yet.status, nothing_yet.error["code"]), (503, "server_draining"))
-        self.assertEqual((begun.status, begun.error["code"]), (200, "server_draining"))
+                    ends = [(each.status, each.error["code"]) for each in await told]
+        self.assertEqual(ends, [(503, "server_draining"), (200, "server_draining")])
         self.assertEqual(run.err.count("outcome=drained"), 4)
         self.assertNotIn("ResourceWarning", run.err)
         self.assertNotIn("Traceback", run.err)
@@ -1635,8 +1628,6 @@ class Drain(Case):
                 await asyncio.sleep(1.1)
                 run.process.send_signal(signal.SIGCONT)
                 self.assertIn(b"upstream_timeout", await response.read())
-                await run.end()
-        self.assertIn("outcome=timeout", run.err)
 
     async def test_second_signal(self) -> None:
         """A second signal ends it at once, with status 1."""
@@ -1647,58 +1638,6 @@ class Drain(Case):
                 started = time.monotonic()
                 self.assertEqual(await run.end(signal.SIGINT), 1)
                 self.assertLess(time.monotonic() - started, 0.5)
-
-    async def test_broken_outputs(self) -> None:
-        """Whatever becomes of stdout and stderr, a shutdown still waits for its streams."""
-        for redirect in (">/dev/full 2>/dev/full", "1>&- 2>&-", "2>&-"):
-            go = asyncio.Event()
-            async with upstream(partial(stalls, until=go)) as up:
-                env = {
-                    "PYTHONIOENCODING": "ascii",
-                    "OPENAI_MODEL": "模型",
-                    "OPENAI_BASE_URL": up.url,
-                }
-                async with self.deaf(env, f'exec "$@" {redirect}') as run:
-                    async with self.post(run.url) as response:
-                        await response.content.readany()
-                        run.process.send_signal(signal.SIGTERM)
-                        await self.until_closed(run.url)
-                        go.set()
-                        self.assertTrue((await response.read()).endswith(DONE), redirect)
-                    self.assertEqual(await run.end(), 0, redirect)
-                    self.assertNotIn("outcome=", run.out, "log lines are no output")
-
-    @asynccontextmanager
-    async def deaf(self, env: dict[str, str], *how: str, **more: Any) -> AsyncIterator[Program]:
-        """The program, where what it prints cannot be read: on a port that we choose."""
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            env = env | {"CHATSTREAM_PORT": str(free.getsockname()[1])}
-        async with running(["chatstream.py"], env, *how, **more) as run, asyncio.timeout(PATIENCE):
-            for _ in itertools.count():
-                with suppress(aiohttp.ClientError):
-                    await self.metrics(run.url)
-                    break
-                await asyncio.sleep(0.02)
-            yield run
-
-    async def test_outputs_that_nobody_reads(self) -> None:
-        """A pipe whose reader has gone or sleeps: lines are dropped, it drains all the same, and
-        the pipe is left as it was, since others may write to it."""
-        gone, stdout = os.pipe()
-        os.close(gone)  # as `| head -1` does
-        asleep, stderr = os.pipe()
-        async with upstream(says("Hi")) as up:
-            env = {"OPENAI_BASE_URL": up.url}
-            async with self.deaf(env, stdout=stdout, stderr=stderr) as run:
-                for _ in range(20):  # 64 KB fill a pipe
-                    asks = (self.ask(run.url, b"{", X_Request_Id="x" * 128) for _ in range(20))
-                    await asyncio.gather(*asks)
-                self.assertEqual((await self.ask(run.url)).payloads[-1], b"[DONE]")
-                for each in (stdout, stderr):
-                    self.assertFalse(fcntl.fcntl(each, fcntl.F_GETFL) & os.O_NONBLOCK)
-                self.assertEqual(await run.end(signal.SIGTERM), 0)
-        for each in (stdout, asleep, stderr):
-            os.close(each)
 
 
 # ---- A browser ---------------------------------------------------------------------------
@@ -2553,24 +2492,19 @@ class Readme(Case):
         steps = re.findall(r"(?m)^\$ (.+)\n((?:(?!\$ ).*\n)*)", "".join(self.blocks("console")))
         self.assertGreaterEqual(len(steps), 5)
         async with program() as run:
-            assert run.process.stdout
-            lines = [run.out] + [(await run.process.stdout.readline()).decode() for _ in range(3)]
+            lines = [run.out.encode(), *[await run.process.stdout.readline() for _ in range(3)]]
             for command, expected in steps:
                 with self.subTest(command):
-                    printed = "".join(lines)
+                    printed = b"".join(lines)
                     if command != "python chatstream.py":
-                        printed = await self.shell(command.replace("localhost:8080", run.url[7:]))
+                        here = command.replace("localhost:8080", run.url[7:])
+                        shell = asyncio.create_subprocess_shell
+                        process = await shell(here, stdout=subprocess.PIPE)
+                        printed, _ = await asyncio.wait_for(process.communicate(), PATIENCE)
                     pattern = re.escape(expected.replace("http://127.0.0.1:8080", run.url))
                     pattern = pattern.replace("…\\\n", "(?:.*\n)*?").replace("…", ".*")
-                    matches = re.fullmatch(pattern.removesuffix("\\\n") + "\n*", printed)
-                    self.assertTrue(matches, f"README.md should say:\n{printed[:600]}")
-
-    async def shell(self, command: str) -> str:
-        process = await asyncio.create_subprocess_shell(
-            command, env=clean_environment(), stdout=subprocess.PIPE
-        )
-        output, _ = await asyncio.wait_for(process.communicate(), PATIENCE)
-        return output.decode()
+                    matches = re.fullmatch(pattern.removesuffix("\\\n") + "\n*", printed.decode())
+                    self.assertTrue(matches, f"README.md should say:\n{printed[:600].decode()}")
 
     async def test_python_sdk(self) -> None:
         """OpenAI's own SDK is a client of it: the Python example prints the demo's answer. (Other
@@ -2582,8 +2516,7 @@ class Readme(Case):
             example = example.replace("http://localhost:8080", demo.url)
             async with running(["-c", example], {"PYTHONDEVMODE": ""}) as client:
                 self.assertEqual(await client.end(), 0, client.err)
-        self.assertIn("Hello from the demo", client.out)
-        self.assertIn("> Hello", client.out)
+        self.assertIn("# Hello from the demo", client.out)
 
 
 if __name__ == "__main__":
