@@ -135,8 +135,8 @@ class Upstream:
 @asynccontextmanager
 async def upstream(reply: Reply, tls: ssl.SSLContext | None = None) -> AsyncIterator[Upstream]:
     up = Upstream(reply)
-    make_server = asyncio.get_running_loop().create_server
-    server = await make_server(lambda: Call(up), "127.0.0.1", 0, ssl=tls)
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: Call(up), "127.0.0.1", 0, ssl=tls)
     port = server.sockets[0].getsockname()[1]
     up.url = f"https://localhost:{port}/v1" if tls else f"http://127.0.0.1:{port}/v1"
     try:
@@ -264,8 +264,7 @@ class Case(unittest.IsolatedAsyncioTestCase):
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         sent = {"Content-Type": "application/json"}
         sent |= {name.replace("_", "-"): value for name, value in headers.items()}
-        async with self.client.post(url + "/stream", data=data, headers=sent) as response:
-            return Answer(response, await response.read())
+        return await self.get(url + "/stream", "POST", data=data, headers=sent)
 
     async def ask_through(self, reply: Reply, body: Any = HELLO, **settings: Any) -> Answer:
         """The answer to one request, with an upstream that replies so."""
@@ -434,18 +433,13 @@ def framed(*payloads: bytes) -> bytes:
 
 TAIL = framed(STOP) + DONE
 GOOD = framed(SAID) + TAIL
-COMPLETION = b'{"choices":[{"message":{"content":"Hi"},"finish_reason":"stop"}]}'
-AS_CHUNK = (
-    b'{"choices": [{"finish_reason": "stop", "delta": {"content": "Hi"}}], '
-    b'"object": "chat.completion.chunk"}'
-)
+COMPLETION = b'{"choices":[{"message":{"content":"Hi"}}]}'
+AS_CHUNK = b'{"choices": [{"delta": {"content": "Hi"}}], "object": "chat.completion.chunk"}'
 LOUD = b'{"error":{"message":"Overloaded","type":"overloaded_error","code":"busy"}}'
 
 # fmt: off
 GOOD_STREAMS = {  # name: what the upstream sends, and what goes out if it is not GOOD
-    "LF": [GOOD],
-    "CRLF": [GOOD.replace(b"\n", b"\r\n")],
-    "CR": [GOOD.replace(b"\n", b"\r")],
+    "LF": [GOOD], "CRLF": [GOOD.replace(b"\n", b"\r\n")], "CR": [GOOD.replace(b"\n", b"\r")],
     "byte order mark": [b"\xef\xbb\xbf" + GOOD],
     "no space after the colon (openai-python#559)": [re.sub(b"(?m)^data: ", b"data:", GOOD)],
     "comments (OpenRouter)": [b": OPENROUTER PROCESSING\n\n:\n\n" + GOOD],
@@ -458,16 +452,14 @@ GOOD_STREAMS = {  # name: what the upstream sends, and what goes out if it is no
         framed(b'{"choices": [{}]}') * 2 + TAIL],
     "white space around": [framed(b" %b\t" % STOP, b" [DONE] "), framed(b" %b\t" % STOP) + DONE],
     "finish_reason, then the end": [GOOD.removesuffix(DONE)],
-    "[DONE] without its blank line": [GOOD[:-1]],
     "[DONE] without its newline": [GOOD[:-2]],
     "the last chunk without its newline": [GOOD.removesuffix(b"\n\n" + DONE)],
     "text after [DONE]": [GOOD + framed(SAID)],
     "a whole completion as an event": [framed(COMPLETION) + DONE, framed(AS_CHUNK) + DONE],
 } | {name: [framed(payload) + DONE] * 2 for name, payload in {
-    "null content": b'{"choices":[{"delta":{"role":"assistant","content":null}}]}',
     "an empty finish_reason, but [DONE]": b'{"choices":[{"delta":{},"finish_reason":""}]}',
     "Azure's filter": b'{"choices":[],"prompt_filter_results":[{"x":1}]}',
-    "a null error": b'{"choices":[{}],"error":null}',
+    "nulls": b'{"choices":[{"delta":{"role":"assistant","content":null}}],"error":null}',
 }.items()}
 BAD_STREAMS: dict[str, dict[str, bytes]] = {  # code and message: by name, what the upstream sends
     "busy Overloaded": {
@@ -478,30 +470,22 @@ BAD_STREAMS: dict[str, dict[str, bytes]] = {  # code and message: by name, what 
         "an error beside a message": framed(b'{"error":{"message":"Ouch"},"message":"Out"}'),
         "an error beside choices": framed(b'{"choices":[{}],"error":{"message":"Ouch"}}'),
         "event: error with a bare message": b'event: error\ndata: {"message":"Ouch"}\n\n',
-        "error: as a field (llama.cpp)": b'error: {"code":400,"message":"Ouch"}\n\n' + DONE,
-    },
+        "error: as a field (llama.cpp)": b'error: {"code":400,"message":"Ouch"}\n\n' + DONE},
     "upstream_error failed": {"event: error that is no JSON": b"event: error\ndata: Ouch\n\n"},
     "stream_truncated": {"an end inside a payload": b'data: {"choices":[{'},
     "empty_stream": {
         "nothing": b"", "comments alone": b": ping\n\n" * 3, "nothing but [DONE]": DONE},
     "event_too_large": {
         "a long event": framed(b'{"choices":["%b"]}' % (b"x" * 200_000)),
-        "a long line": b"data:" + b"x" * 200_000,
-        "empty lines without end": b"data:\n" * 200_000,
-    },
+        "a long line": b"data:" + b"x" * 200_000, "lines without end": b"data:\n" * 200_000},
     "upstream_invalid": {
-        "no event stream": b"Hello, world\n",
-        "a stray line of JSON": b'{"choices":3}',
-        "no JSON": framed(b"nonsense"),
-        "a JSON list": framed(b"[1]"),
-        "two JSON objects": framed(b"{}{}"),
-        "NaN": framed(b'{"choices":[NaN]}'),
+        "no event stream": b"Hello, world\n", "a stray line of JSON": b'{"choices":3}',
+        "no JSON": framed(b"nonsense"), "a list": framed(b"[1]"), "two objects": framed(b"{}{}"),
+        "NaN": framed(b'{"choices":[NaN]}'), "bad UTF-8": framed(b'{"choices":["\xff"]}'),
         "an integer of 5,000 digits": framed(b'{"choices":[],"n":%b}' % (b"1" * 5000)),
-        "bad UTF-8": framed(b'{"choices":["\xff"]}'),
         "deep nesting": framed(b"[" * 100_000),
         "a newline inside a JSON string": b'data: {"choices":[{"x":"a\ndata: b"}]}\n\n',
-        "two bad ones that complete each other": framed(b'{"choices":[]},{"choices":[{}', b"{}]}"),
-    },
+        "two bad ones that complete each other": framed(b'{"choices":[]},{"choices":[{}', b"{}]}")},
 }
 # fmt: on
 
@@ -589,26 +573,25 @@ class Transcripts(Case):
         paths = sorted(Path(folder).glob("*.sse"))
         self.assertTrue(paths, f"no transcripts in {folder}")
         for path in paths:
-            head, _, body = path.read_bytes().partition(b"\r\n\r\n")
-            status = int(head[9:12] or 502)
-            kind = b"".join(re.findall(rb"(?im)^content-type: ([^\r\n]+)", head)).decode()
             with self.subTest(path.stem):
+                head, _, body = path.read_bytes().partition(b"\r\n\r\n")
+                status = int(head[9:12] or 502)
+                kind = b"".join(re.findall(rb"(?im)^content-type: ([^\r\n]+)", head)).decode()
                 reply = sends(body, status=status, content_type=kind)
                 self.judge(await self.ask_through(reply), status, body)
 
     def judge(self, answer: Answer, status: int, body: bytes) -> None:
         *payloads, last = re.findall(rb"(?m)^data: (.*)\n", body) or [b""]
-        is_whole = last == b"[DONE]" and b'"error"' not in body
+        is_whole = last == b"[DONE]" and all(re.fullmatch(rb"\{.*\}", each) for each in payloads)
         if status in (401, 403) or status >= 500:
             self.assertEqual(answer.status, 502)
         elif status >= 400:
-            said = json.loads(body)
-            said = said["error"] if isinstance(said["error"], dict) else said
-            told = (answer.status, answer.error["message"])
-            self.assertEqual(told, (status, said["message"][:500]))
+            told = json.loads(body)["error"]
+            told = told["message"] if isinstance(told, dict) else json.loads(body)["message"]
+            self.assertEqual((answer.status, answer.error["message"]), (status, told[:500]))
         elif b'"chat.completion"' in body:
             self.assertEqual(answer.payloads[-1], b"[DONE]")
-        elif is_whole and all(re.fullmatch(rb"\{.*\}", each) for each in payloads):
+        elif is_whole and b'"error"' not in body:
             self.assertEqual(answer.payloads, [*payloads, last])
         else:
             self.assertNotIn(b"[DONE]", answer.body)
@@ -640,8 +623,10 @@ async def its_address(call: Call) -> None:
     await fails(400, b'{"error":"see %b"}' % call.headers["host"].encode())(call)
 
 
-HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: 999\r\n\r\n"
-LEAK = b'{"error":"Key sk-secret-1 of x at /v1/chat/completions: retry in 10.24 seconds"}'
+OPEN = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"  # its body ends with it
+LEAK = b'{"error":"Key sk-secret-1 of x at /v1: in 10.24 s"}'
+TRACEBACK = b'{"error":"Traceback (most recent call last): x"}'
+NO_TEXTS = b'{"error":{"message":{},"type":7,"code":[]}}'
 LISTED = b'{"detail":[{"loc":["body"],"msg":"Field required"}]}'
 # fmt: off
 FAULTS: dict[str, Any] = {
@@ -654,13 +639,9 @@ FAULTS: dict[str, Any] = {
     "429 as a text (Scaleway)": (fails(429, b'{"error":"No"}'), "429 upstream_rejected", "No"),
     "404 in HTML": (fails(404, b"<html>"), "404 upstream_rejected", "refused"),
     "HTML in JSON": (fails(400, b'{"error":"<html>x"}'), "400 upstream_rejected", "refused"),
-    "a traceback": (
-        fails(400, b'{"error":"Traceback (most recent call"}'), "400 upstream_rejected", "refused"),
-    "no text where text belongs": (
-        fails(400, b'{"error":{"message":{},"type":7,"code":[]}}'), "400 upstream_rejected", "ref"),
-    "a secret": (
-        fails(400, LEAK), "400 upstream_rejected",
-        "Key *** of x at /v1/chat/completions: retry in 10.24 seconds"),
+    "a traceback": (fails(400, TRACEBACK), "400 upstream_rejected", "refused"),
+    "no texts": (fails(400, NO_TEXTS), "400 upstream_rejected", "refused"),
+    "a secret": (fails(400, LEAK), "400 upstream_rejected", "Key *** of x at /v1: in 10.24 s"),
     "its address": (its_address, "400 upstream_rejected", "see ***"),
     "a novel": (fails(400, b'{"error":"%b"}' % (b"y" * 999)), "400 upstream_rejected", "y" * 500),
     "401": (fails(401, b'{"error":"x"}'), "502 upstream_auth", "key"),
@@ -675,14 +656,13 @@ FAULTS: dict[str, Any] = {
     "nothing": (sends(), "502 empty_stream", "empty"),
     "too much": (sends(b"data: %b" % (b"x" * 50_000)), "502 event_too_large", "too large"),
     "an error": (sends(framed(LOUD)), "502 busy", "Overloaded", "overloaded_error"),
-    "an error in mid-stream": (
-        sends(framed(SAID), framed(LOUD), DONE), "200 busy", "Overloaded", "overloaded_error"),
+    "an error later": (sends(framed(SAID, LOUD) + DONE), "200 busy", "Over", "overloaded_error"),
     "no JSON in mid-stream": (sends(framed(SAID, b"x") + DONE), "200 upstream_invalid", "be read"),
     "half a payload": (sends(b'data: {"cho'), "502 stream_truncated truncated", "broke off"),
     "half an answer": (sends(framed(SAID)), "200 stream_truncated truncated", "broke off"),
-    "a reset later": (resets(HEAD + framed(SAID)), "200 stream_truncated truncated", "broke"),
+    "a reset later": (resets(OPEN + framed(SAID)), "200 stream_truncated truncated", "broke"),
     "a reset": (resets(b""), "502 upstream_unreachable", "be reached"),
-    "half a head": (resets(HEAD[:30]), "502 upstream_unreachable", "be reached"),
+    "half a head": (resets(OPEN[:30]), "502 upstream_unreachable", "be reached"),
     "no HTTP": (resets(b"SSH-2.0-OpenSSH_9.2\r\n\r\n"), "502 upstream_invalid", "be read"),
     "silence": (silent, "504 upstream_timeout timeout", "in time"),
     "silence but for comments": (comments, "504 upstream_timeout timeout", "in time"),
@@ -695,8 +675,8 @@ TYPES = {429: "rate_limit_error"} | dict.fromkeys((200, 502, 504), "upstream_err
 class Status(Case):
     async def test_faults(self) -> None:
         """What fails before the first event has a real status; what fails later is the last
-        event, without [DONE]. Either has a code and a message for people, without secrets, and
-        is counted once, under who is to blame. Nothing is asked twice."""
+        event, without [DONE]. It has a code, and a message for people, without secrets; it is
+        counted once, under who is to blame; and nothing is asked twice."""
         settings = {"api_key": "sk-secret-1", "token": "x", "max_event_bytes": 10_000}
         counted: dict[str, float] = {}
         async with upstream(silent) as up, serving(up, idle_seconds=0.2, **settings) as url:
@@ -741,14 +721,11 @@ class Status(Case):
     async def test_in_one_piece(self) -> None:
         """A whole completion in JSON goes out as one chunk and [DONE]."""
         mixed = b'\xef\xbb\xbf\r\n{"choices":[{"delta":{}},\r\n{"message":{}}]\r\n}'
-        chunk = b'{"choices": [{"delta": {}}, {"delta": {}}], "object": "chat.completion.chunk"}'
-        for body, sent in {COMPLETION: AS_CHUNK, mixed: chunk}.items():
-            answer = await self.ask_through(fails(200, body))
-            self.assertEqual(answer.payloads, [sent, b"[DONE]"])
+        sent = b'{"choices": [{"delta": {}}, {"delta": {}}], "object": "chat.completion.chunk"}'
+        self.assertEqual((await self.ask_through(fails(200, mixed))).payloads, [sent, b"[DONE]"])
 
     async def test_kept(self) -> None:
-        """Of another 4xx the param, Retry-After and the rate limits are passed on, if they are
-        ASCII; nothing else is."""
+        """Of another 4xx the param, Retry-After and rate limits in ASCII are passed on."""
         head = (
             b"HTTP/1.1 429 X\r\nRetry-After: 7\r\nX-RateLimit-Limit: 60\r\nX-RateLimit-X: \xff\r\n"
         )
@@ -761,24 +738,13 @@ class Status(Case):
 
     async def test_heartbeats(self) -> None:
         """A silent stream gets a comment every so often, and its status is 200 from then on."""
-
-        async def reply(call: Call) -> None:
-            await asyncio.sleep(0.5)
-            await call.start(500)
-
-        answer = await self.ask_through(reply, heartbeat_seconds=0.2)
-        self.assertEqual((answer.status, answer.error["code"]), (200, "upstream_error"))
-        self.assertTrue(answer.body.startswith(b": keep-alive\n\n"))
-        self.assertLess(answer.body.count(b": keep-alive"), 4, "one a heartbeat, not one a look")
+        answer = await self.ask_through(silent, heartbeat_seconds=0.2, idle_seconds=0.5)
+        self.assertEqual((answer.status, answer.error["code"]), (200, "upstream_timeout"))
+        beats = answer.body.count(b": keep-alive\n\n")
+        self.assertIn(beats, (1, 2, 3), "one a heartbeat, not one a look")
 
     async def test_headers(self) -> None:
         """Streams carry what keeps proxies from holding them back; no banner; a sane id."""
-        async with upstream(says("Hi")) as up, serving(up) as url:
-            sent = (await self.ask(url, X_Request_Id="abc.1-2_3")).headers
-            for bad in ("a b", "x" * 129, "<b>", "", "ä"):
-                told = (await self.ask(url, X_Request_Id=bad)).headers["X-Request-Id"]
-                self.assertRegex(told, r"^[\w.-]{8,128}$")
-                self.assertNotEqual(told, bad)
         wanted = {
             "Content-Type": "text/event-stream; charset=utf-8",
             "Cache-Control": "no-cache, no-transform",
@@ -787,7 +753,12 @@ class Status(Case):
             "X-Request-Id": "abc.1-2_3",
             "Server": "chatstream",
         }
-        self.assertEqual({name: sent[name] for name in wanted}, wanted)
+        async with upstream(says("Hi")) as up, serving(up) as url:
+            sent = (await self.ask(url, X_Request_Id="abc.1-2_3")).headers
+            self.assertEqual({name: sent[name] for name in wanted}, wanted)
+            for bad in ("a b", "x" * 129, "<b>", "", "ä"):
+                told = (await self.ask(url, X_Request_Id=bad)).headers["X-Request-Id"]
+                self.assertRegex(told, r"^[a-f0-9]{8,128}$")
 
 
 # ---- What the upstream is asked ----------------------------------------------------------
@@ -851,35 +822,22 @@ class Asking(Case):
             self.assertEqual((await self.get(url + "/v1/models")).error["code"], "upstream_invalid")
 
     async def test_proxy(self) -> None:
-        """The proxy of the environment is used, except where no_proxy says so, and never for
-        what is asked of a model on this machine."""
+        """The environment's proxy is used, except where no_proxy says so, and never for what is
+        asked of a model on this machine."""
         async with upstream(says("Hi")) as proxy:
-            address = proxy.url.removesuffix("/v1")
-            for name, value in {"http_proxy": address, "no_proxy": "example.com"}.items():
+            variables = {"http_proxy": proxy.url.removesuffix("/v1"), "no_proxy": "example.com"}
+            for name, value in variables.items():
                 self.addCleanup(os.environ.pop, name)
                 os.environ[name] = value
             async with serving(base_url="http://upstream.invalid/v1") as url:
                 await self.ask(url)
-            await self.ask_through(says("Hi"))
             for host in ("localhost:1", "127.0.0.9", "[::1]:8", "example.com"):
                 self.assertIsNone(chatstream.environment_proxy(f"http://{host}/v1"))
-        (call,) = proxy.calls
-        self.assertEqual(
-            call.request_line, "POST http://upstream.invalid/v1/chat/completions HTTP/1.1"
-        )
+        lines = [call.request_line for call in proxy.calls]
+        self.assertEqual(lines, ["POST http://upstream.invalid/v1/chat/completions HTTP/1.1"])
 
 
 # ---- Time: cancellation, back-pressure, limits -------------------------------------------
-
-
-def mute(reply: Reply) -> Reply:
-    """The same, of a peer that reads nothing any more, so that it never says goodbye."""
-
-    async def muted(call: Call) -> None:
-        call.transport.pause_reading()
-        await reply(call)
-
-    return muted
 
 
 def is_gone(call: Call) -> bool:
@@ -892,15 +850,16 @@ def is_gone(call: Call) -> bool:
 
 
 class Time(Case):
-    async def leave(self, up: Upstream, url: str, begun: bool) -> float:
+    async def leave(self, up: Upstream, url: str, begun: bool, mute: bool = False) -> float:
         """Asks, leaves in the middle, and gives the seconds until the upstream was let go: of
-        three tries the best."""
+        three tries the best. A mute upstream reads no more, so it never says goodbye."""
         took = []
-        for _ in range(3):
-            before = len(up.calls)
+        for number in range(len(up.calls), len(up.calls) + 3):
             reader, writer = await self.connect(url)
             writer.write(request())
-            await self.eventually(partial(up.calls.__getitem__, slice(before, None)))
+            await self.eventually(partial(up.calls.__getitem__, slice(number, None)))
+            if mute:
+                up.calls[-1].transport.pause_reading()
             if begun:
                 await self.read_until(reader, b"\n\n")
             await asyncio.sleep(0.05)
@@ -914,13 +873,10 @@ class Time(Case):
     async def test_client_leaves(self) -> None:
         """The client goes, and 50 ms later the upstream's connection is gone: before the first
         token, during heartbeats, in mid-stream."""
-        for reply, beat, begun in (
-            (silent, 10.0, False),
-            (silent, 0.02, True),
-            (stalls, 10.0, True),
-        ):
+        for reply, beat in ((silent, 10.0), (silent, 0.02), (stalls, 10.0)):
             async with upstream(reply) as up, serving(up, heartbeat_seconds=beat) as url:
-                self.assertLess(await self.leave(up, url, begun), 0.05)
+                took = await self.leave(up, url, begun=beat < 1 or reply is stalls)
+                self.assertLess(took, 0.05)
                 self.assertEqual(await self.outcomes(url), {"client_gone": 3})
                 self.assertEqual((await self.metrics(url))["chatstream_active_streams"], 0)
 
@@ -928,13 +884,12 @@ class Time(Case):
         """The same over TLS on both sides, also with an upstream that has gone mute. The page
         says that it will go on to speak HTTPS."""
         with certificate() as (cert, key, context):
+            env = {"SSL_CERT_FILE": cert, "CHATSTREAM_TLS_CERT": cert, "CHATSTREAM_TLS_KEY": key}
             async with upstream(silent, context) as up:
-                env = {"OPENAI_BASE_URL": up.url, "SSL_CERT_FILE": cert}
-                env |= {"CHATSTREAM_TLS_CERT": cert, "CHATSTREAM_TLS_KEY": key}
-                async with program(**env) as run:
-                    for reply, begun in ((silent, False), (stalls, True)):
-                        for up.reply in (reply, mute(reply)):
-                            self.assertLess(await self.leave(up, run.url, begun), 0.05)
+                async with program(OPENAI_BASE_URL=up.url, **env) as run:
+                    for up.reply, mute in itertools.product((silent, stalls), (False, True)):
+                        took = await self.leave(up, run.url, up.reply is stalls, mute)
+                        self.assertLess(took, 0.05)
                     page = await self.get(run.url, ssl=CLIENT_TLS)
         self.assertIn("max-age", page.headers["Strict-Transport-Security"])
 
@@ -947,25 +902,15 @@ class Time(Case):
                 answer.close()
 
     async def test_fixed_waits(self) -> None:
-        """Two waits that no setting changes. An idle connection is closed before most servers
-        do it (5 s). A refusal whose body stalls is told after 2 s, with its status and headers,
-        and no heartbeat makes it a 200."""
-
-        async def refuses_and_stalls(call: Call) -> None:
-            await call.start(429, "application/json", retry_after="7")
-            await call.send(b"{")
-            await call.gone.wait()
-
-        async def idle_seconds() -> float:
-            async with upstream(says("Hi")) as up, serving(up) as url:
-                await self.ask(url)
-                asked = time.monotonic()
-                await asyncio.wait_for(up.calls[0].gone.wait(), PATIENCE)
-                return time.monotonic() - asked
-
-        refused = self.ask_through(refuses_and_stalls, heartbeat_seconds=0.1)
-        seconds, answer = await asyncio.gather(idle_seconds(), refused)
-        self.assertTrue(2 < seconds < 5, seconds)
+        """Two waits that no setting changes. An idle connection is closed before most servers do
+        it (5 s). A refusal whose body stalls is told after 2 s, and no heartbeat makes it a 200."""
+        begun = b"HTTP/1.1 429 X\r\nRetry-After: 7\r\nContent-Length: 9\r\n\r\n{"
+        async with upstream(says("Hi")) as up, serving(up) as url:
+            await self.ask(url)
+            asked = time.monotonic()
+            refused = self.ask_through(partial(Call.raw, data=begun), heartbeat_seconds=0.1)
+            answer, _ = await asyncio.gather(refused, up.calls[0].gone.wait())
+            self.assertTrue(2 < time.monotonic() - asked < 5)
         self.assertEqual((answer.status, answer.headers["Retry-After"]), (429, "7"))
         self.assertEqual(answer.error["message"], chatstream.ERRORS["upstream_rejected"][2])
 
@@ -974,10 +919,9 @@ class Time(Case):
 
         async def long(call: Call) -> None:
             await call.start()
-            for number in range(12):
+            for event in [b"data: {}\n\n", b"data: {}\n\n", framed(SAID)] * 4 + [TAIL]:
                 await asyncio.sleep(0.05)
-                await call.send(b"data: {}\n\n" if number % 3 else framed(SAID))
-            await call.send(TAIL)
+                await call.send(event)
 
         answer = await self.ask_through(long, idle_seconds=0.3, write_seconds=0.3)
         self.assertEqual(answer.payloads[-1], b"[DONE]")
@@ -1000,13 +944,9 @@ class Time(Case):
         """After [DONE] the upstream is let go, even if it holds the socket open. But a stream
         runs until the client has taken its last byte: the limits and the drain know of it, and
         nothing, no heartbeat either, follows that byte."""
-
-        async def holds(call: Call) -> None:
-            await call.start()
-            await call.send(framed(b'{"choices":["%b"]}' % (b"x" * 500_000)) + TAIL)
-            await call.gone.wait()
-
-        async with self.slow_client(holds, heartbeat_seconds=0.1) as (url, reader, up):
+        whole = OPEN + framed(b'{"choices":["%b"]}' % (b"x" * 500_000)) + TAIL
+        tail = self.slow_client(partial(Call.raw, data=whole), heartbeat_seconds=0.1)
+        async with tail as (url, reader, up):
             await self.eventually(lambda: up.calls and up.calls[0].gone.is_set())
             await asyncio.sleep(0.3)
             self.assertEqual((await self.metrics(url))["chatstream_active_streams"], 1)
@@ -1020,21 +960,17 @@ class Time(Case):
     async def test_stalled_client(self) -> None:
         """Who takes nothing for the write limit has gone: new tokens do not count as reading.
         Meanwhile the upstream waits and the process does not grow, whatever would come."""
+        sent = 0
 
-        async def trickles(call: Call) -> None:
+        async def pours(call: Call, size: int, pause: float) -> None:
+            nonlocal sent
             await call.start()
-            while True:
-                await call.send(framed(b'{"choices":["%b"]}' % (b"x" * 20_000)))
-                await asyncio.sleep(0.05)
+            while sent < 200_000_000:
+                await call.send(framed(b'{"choices":["%b"]}' % (b"x" * 20_000)) * size)
+                sent += size * 20_000
+                await asyncio.sleep(pause)
 
-        async def floods(call: Call) -> None:
-            await call.start()
-            block = framed(b'{"choices":["%b"]}' % (b"x" * 10_000)) * 10
-            for _ in range(2000):  # 200 MB
-                await call.send(block)
-                sent.append(len(block))
-
-        sent: list[int] = []
+        trickles, floods = partial(pours, size=1, pause=0.05), partial(pours, size=5, pause=0)
         async with self.slow_client(trickles, write_seconds=0.5) as (url, _, _):
             started = time.monotonic()
             await self.until_counted(url, "client_gone")
@@ -1042,14 +978,12 @@ class Time(Case):
         async with upstream(floods) as up:
             async with program(OPENAI_BASE_URL=up.url, CHATSTREAM_WRITE_SECONDS="1") as run:
                 await self.ask(run.url, b"{}")  # what grows at a first request has grown
-                before = run.memory()
+                before, started = run.memory(), time.monotonic()
                 async with self.post(run.url):
-                    started = time.monotonic()
                     await asyncio.wait_for(up.calls[0].gone.wait(), PATIENCE)
                     self.assertGreater(time.monotonic() - started, 0.9)
                     self.assertLess(run.memory() - before, 10_000_000)
-                self.assertLess(sum(sent), 100_000_000)
-                self.assertEqual((await self.outcomes(run.url))["client_gone"], 1)
+                    self.assertLess(sent, 100_000_000)
 
 
 # ---- Who gets in, and what they may send -------------------------------------------------
@@ -1064,12 +998,9 @@ BODIES = {  # name: the body, the status and the code
     "an infinite number": (b'{"messages":[{"role":"user"}],"x":1e999}', 400, "invalid_json"),
     "5,000 digits": (b'{"messages":[{}],"x":%b}' % (b"1" * 5000), 400, "invalid_json"),
     "deep nesting": (b"[" * 100_000, 400, "invalid_json"),
-    "deep nesting inside": (
-        b'{"messages":[{"role":"user"}],"x":%b%b}' % (b"[" * 50_000, b"]" * 50_000),
-        400, "invalid_json"),
+    "deep nesting inside": (b'{"x":%b%b}' % (b"[" * 50_000, b"]" * 50_000), 400, "invalid_json"),
     "a list": (b"[]", 400, "invalid_request"),
-    "a model of another type": (
-        b'{"messages":[{"role":"user"}],"model":["m"]}', 400, "invalid_request"),
+    "no model": (b'{"messages":[{"role":"user"}],"model":["m"]}', 400, "invalid_request"),
     "another model": (b'{"messages":[{"role":"user"}],"model":"n"}', 404, "model_not_found"),
     "no stream": (b'{"messages":[{"role":"user"}],"stream":false}', 400, "stream_required"),
     "too long": (b"x" * 200_001, 413, "body_too_large"),
@@ -1082,36 +1013,32 @@ BODIES = {  # name: the body, the status and the code
     "content of another type": b'[{"role":"user","content":7}]',
     "parts of another type": b'[{"role":"user","content":["x"]}]',
 }.items()}
-VISITORS: dict[str, tuple[str, dict[str, str], int, str]] = {
-    "a rebound name": ("GET /", {"Host": "evil.example:80"}, 403, "forbidden_host"),
-    "one for the models": ("GET /v1/models", {"Host": "evil.example"}, 403, "forbidden_host"),
-    "localhost": ("GET /", {"Host": "LocalHost:1234"}, 200, ""),
-    "IPv6": ("GET /", {"Host": "[::1]:8080"}, 200, ""),
-    "an allowed host": ("GET /", {"Host": "Chat.Example:443"}, 200, ""),
-    "HEAD of the page": ("HEAD /", {}, 200, ""),
-    "HEAD of the models": ("HEAD /v1/models", {}, 200, ""),
-    "health by any name": ("GET /healthz", {"Host": "10.0.0.7:8080"}, 200, ""),
-    "readiness by any name": ("HEAD /readyz", {"Host": "10.0.0.7:8080"}, 200, ""),
-    "metrics by any name": ("HEAD /metrics", {"Host": "10.0.0.7:8080"}, 200, ""),
-    "a program": ("POST /stream", {"Sec-Fetch-Mode": "cors"}, 400, "invalid_json"),
-    "another origin": ("POST /stream", {"Origin": "http://evil.ex"}, 403, "forbidden_origin"),
-    "a null origin": ("POST /stream", {"Origin": "null"}, 403, "forbidden_origin"),
-    "another port": ("POST /stream", {"Origin": "http://localhost:1"}, 403, "forbidden_origin"),
-    "its own origin": (
-        "POST /stream", {"Host": "[::1]:80", "Origin": "http://[::1]:80"}, 400, "invalid_json"),
-    "cross-site": ("POST /stream", {"Sec-Fetch-Site": "cross-site"}, 403, "forbidden_origin"),
-    "same-site is not same-origin": (
-        "POST /v1/chat/completions", {"Sec-Fetch-Site": "same-site"}, 403, "forbidden_origin"),
-    "the page": ("POST /stream", {"Sec-Fetch-Site": "same-origin"}, 400, "invalid_json"),
-    "a form": ("POST /stream", {"Content-Type": "text/plain"}, 415, "unsupported_media_type"),
-    "a charset": (
-        "POST /stream", {"Content-Type": "application/json; charset=utf-8"}, 400, "invalid_json"),
-    "compressed": ("POST /stream", {"Content-Encoding": "gzip"}, 415, "unsupported_media_type"),
-    "an unknown path": ("GET /nothing", {}, 404, "not_found"),
-    "a path below": ("GET /v1/models/m", {}, 404, "not_found"),
-    "GET of a stream": ("GET /stream", {}, 405, "method_not_allowed"),
-    "POST of the page": ("POST /", {"Content-Type": "text/plain"}, 405, "method_not_allowed"),
-    "DELETE": ("DELETE /healthz", {}, 405, "method_not_allowed"),
+VISITORS: dict[str, tuple[str, dict[str, str], str]] = {  # name: request, headers, what it gets
+    "a rebound name": ("GET /", {"Host": "evil.example:80"}, "403 forbidden_host"),
+    "one for the models": ("GET /v1/models", {"Host": "evil.example"}, "403 forbidden_host"),
+    "localhost": ("GET /", {"Host": "LocalHost:1234"}, "200"),
+    "IPv6": ("GET /", {"Host": "[::1]:8080"}, "200"),
+    "an allowed host": ("GET /", {"Host": "Chat.Example:443"}, "200"),
+    "HEAD of the page": ("HEAD /", {}, "200"),
+    "HEAD of the models": ("HEAD /v1/models", {}, "200"),
+    "health by any name": ("GET /healthz", {"Host": "10.0.0.7:8080"}, "200"),
+    "readiness by any name": ("HEAD /readyz", {"Host": "10.0.0.7:8080"}, "200"),
+    "metrics by any name": ("HEAD /metrics", {"Host": "10.0.0.7:8080"}, "200"),
+    "a program": ("POST /stream", {"Sec-Fetch-Mode": "cors"}, "400 invalid_json"),
+    "another origin": ("POST /stream", {"Origin": "http://evil.ex"}, "403 forbidden_origin"),
+    "a null origin": ("POST /stream", {"Origin": "null"}, "403 forbidden_origin"),
+    "another port": ("POST /stream", {"Origin": "http://localhost:1"}, "403 forbidden_origin"),
+    "itself": ("POST /stream", {"Host": "[::1]:8", "Origin": "http://[::1]:8"}, "400 invalid_json"),
+    "cross-site": ("POST /stream", {"Sec-Fetch-Site": "cross-site"}, "403 forbidden_origin"),
+    "not same-origin": ("POST /stream", {"Sec-Fetch-Site": "same-site"}, "403 forbidden_origin"),
+    "the page": ("POST /stream", {"Sec-Fetch-Site": "same-origin"}, "400 invalid_json"),
+    "a form": ("POST /stream", {"Content-Type": "text/plain"}, "415 unsupported_media_type"),
+    "a charset": ("POST /stream", {"Content-Type": "application/json;a=b"}, "400 invalid_json"),
+    "compressed": ("POST /stream", {"Content-Encoding": "gzip"}, "415 unsupported_media_type"),
+    "an unknown path": ("GET /nothing", {}, "404 not_found"),
+    "GET of a stream": ("GET /stream", {}, "405 method_not_allowed POST"),
+    "POST of the page": ("POST /", {"Content-Type": "x/y"}, "405 method_not_allowed GET, HEAD"),
+    "DELETE": ("DELETE /healthz", {}, "405 method_not_allowed GET, HEAD"),
 }
 # fmt: on
 
@@ -1130,17 +1057,15 @@ class Access(Case):
     async def test_visitors(self) -> None:
         """A page elsewhere, or a rebound name, cannot spend the key."""
         async with serving(allowed_hosts=("chat.example",)) as url:
-            for name, (line, headers, status, code) in VISITORS.items():
+            for name, (line, headers, told) in VISITORS.items():
                 with self.subTest(name):
                     method, path = line.split()
                     sent = {"Content-Type": "application/json"} | headers
                     answer = await self.get(url + path, method, headers=sent)
-                    self.assertEqual(answer.status, status)
+                    code = answer.error["code"] if answer.status != 200 else ""
+                    got = f"{answer.status} {code} {answer.headers.get('Allow', '')}".strip()
+                    self.assertEqual(got, told)
                     self.assertTrue(answer.headers["X-Request-Id"])
-                    self.assertEqual(answer.error["code"] if code else "", code)
-                    if status == 405:
-                        allow = "POST" if path == "/stream" else "GET, HEAD"
-                        self.assertEqual(answer.headers["Allow"], allow)
 
     async def test_bound_elsewhere(self) -> None:
         """Bound to all addresses every host is served, or the allowed ones if there are any."""
@@ -1210,30 +1135,30 @@ class Access(Case):
     async def test_page(self) -> None:
         """The page comes with its policy, which names its own script and style, with an ETag,
         and 304 for who has it."""
-        html = (HERE / "index.html").read_bytes()
-        wanted = {
-            "default-src 'none'", "connect-src 'self'", "img-src data:", "base-uri 'none'",
-            "form-action 'none'", "frame-ancestors 'none'", "require-trusted-types-for 'script'",
-            "trusted-types 'none'",
-        }  # fmt: skip
-        for tag, text in re.findall(r"(?s)<(script|style)>(.*?)</\1>", html.decode()):
+        html = (HERE / "index.html").read_text(encoding="utf-8")
+        policy = (
+            "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; "
+            "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; "
+            "trusted-types 'none'"
+        )
+        for tag, text in re.findall(r"(?s)<(script|style)>(.*?)</\1>", html):
             digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-            wanted.add(f"{tag}-src 'sha256-{digest}'")
+            policy += f"; {tag}-src 'sha256-{digest}'"
+        wanted = {
+            "Cache-Control": "no-cache",
+            "Referrer-Policy": "no-referrer",
+            "Cross-Origin-Opener-Policy": "same-origin",
+            "Cross-Origin-Resource-Policy": "same-origin",
+        }
         async with serving() as url:
             answer = await self.get(url)
-            headers = answer.headers
-            self.assertEqual(answer.body, html)
-            self.assertEqual(sorted(headers["Content-Security-Policy"].split("; ")), sorted(wanted))
-            for name, value in {
-                "Cache-Control": "no-cache",
-                "Referrer-Policy": "no-referrer",
-                "Cross-Origin-Opener-Policy": "same-origin",
-                "Cross-Origin-Resource-Policy": "same-origin",
-            }.items():
-                self.assertEqual(headers[name], value)
+            headers, tag = answer.headers, answer.headers["ETag"]
+            self.assertEqual(answer.body.decode(), html)
+            told = headers["Content-Security-Policy"]
+            self.assertEqual(sorted(told.split("; ")), sorted(policy.split("; ")))
+            self.assertEqual({name: headers[name] for name in wanted}, wanted)
             self.assertIn("microphone=()", headers["Permissions-Policy"])
             self.assertNotIn("Strict-Transport-Security", headers)
-            tag = headers["ETag"]
             for sent, status in ((tag, 304), (f'W/{tag}, "x"', 304), ("*", 304), ('"x"', 200)):
                 answer = await self.get(url, headers={"If-None-Match": sent})
                 self.assertEqual((answer.status, answer.headers["ETag"]), (status, tag), sent)
@@ -1259,22 +1184,17 @@ class Watching(Case):
         self.assertEqual(metrics["chatstream_active_streams"], 0)
         self.assertEqual(metrics["chatstream_events_total"], 2 * 2)
         self.assertIn("text/plain; version=0.0.4", answer.headers["Content-Type"])
-        text = answer.body.decode()
-        for name, kind in {
-            "chatstream_active_streams": "gauge",
-            "chatstream_draining": "gauge",
-            "chatstream_max_streams": "gauge",
-            "chatstream_streams_total": "counter",
-            "chatstream_events_total": "counter",
-            "gen_ai_client_operation_time_to_first_chunk_seconds": "histogram",
-            "gen_ai_client_operation_duration_seconds": "histogram",
-        }.items():
-            self.assertRegex(text, rf"# HELP {name} .+\n# TYPE {name} {kind}\n{name}[ _{{]")
-            if kind == "histogram":
-                bounds = re.findall(name + r'_bucket\{le="([^"]+)"\} [012]\n', text)
-                self.assertEqual(list(map(float, bounds[:15])), [0.01 * 2**n for n in range(15)])
-                self.assertEqual(bounds[15:], ["327.68", "+Inf"])
-                self.assertEqual(metrics[name + "_count"], 2)
+        text, name = answer.body.decode(), "gen_ai_client_operation_"
+        told = re.findall(r"# HELP chatstream_(\w+) .+\n# TYPE chatstream_\1 (\w+)\n", text)
+        gauges = dict.fromkeys(("active_streams", "draining", "max_streams"), "gauge")
+        counters = dict.fromkeys(("streams_total", "events_total"), "counter")
+        self.assertEqual(dict(told), gauges | counters)
+        for each in (name + "time_to_first_chunk_seconds", name + "duration_seconds"):
+            self.assertRegex(text, rf"# HELP {each} .+\n# TYPE {each} histogram\n")
+            bounds = re.findall(each + r'_bucket\{le="([^"]+)"\} [012]\n', text)
+            self.assertEqual(list(map(float, bounds[:15])), [0.01 * 2**n for n in range(15)])
+            self.assertEqual(bounds[15:], ["327.68", "+Inf"])
+            self.assertEqual(metrics[each + "_count"], 2)
 
     async def test_our_own_fault(self) -> None:
         """A bug of ours is a 500, counted `failed`, and no fault of the client's."""
@@ -1371,12 +1291,10 @@ REFUSED = {  # what is set (flags begin with --): what the one line says of it
     "CHATSTREAM_MAX_STREAMS=0": "'0' must be a whole number from 1",
     "CHATSTREAM_IDLE_SECONDS=0": "'0' must be a number of seconds above 0",
     "CHATSTREAM_IDLE_SECONDS=nan": "'nan' must be",
-    "CHATSTREAM_IDLE_SECONDS=inf": "'inf' must be",
     "CHATSTREAM_DRAIN_SECONDS=-1": "'-1' must be a number of seconds from 0",
     "CHATSTREAM_REUSE_PORT=maybe": "'maybe' must be true or false",
     "OPENAI_MODEL=,": "',' must be one name or more",
     "OPENAI_BASE_URL=ftp://x/": "'ftp://x/' must be an http(s) URL",
-    "OPENAI_BASE_URL=localhost": "'localhost' must be an http(s) URL",
     "OPENAI_BASE_URL=http://-..-/v1": "'http://-..-/v1' must be",
     "OPENAI_BASE_URL=http://x:99999/": "'http://x:99999/' must be",
     "OPENAI_API_KEY=s3\ncret": "(not shown) must be visible ASCII",
