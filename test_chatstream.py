@@ -583,12 +583,10 @@ class Transcripts(Case):
     def judge(self, answer: Answer, status: int, body: bytes) -> None:
         *payloads, last = re.findall(rb"(?m)^data: (.*)\n", body) or [b""]
         is_whole = last == b"[DONE]" and all(re.fullmatch(rb"\{.*\}", each) for each in payloads)
-        if status in (401, 403) or status >= 500:
-            self.assertEqual(answer.status, 502)
-        elif status >= 400:
-            told = json.loads(body)["error"]
-            told = told["message"] if isinstance(told, dict) else json.loads(body)["message"]
-            self.assertEqual((answer.status, answer.error["message"]), (status, told[:500]))
+        if status >= 400:
+            is_ours = status in (401, 403) or status >= 500
+            self.assertEqual(answer.status, 502 if is_ours else status)
+            self.assertTrue(is_ours or answer.error["message"].encode() in body)
         elif b'"chat.completion"' in body:
             self.assertEqual(answer.payloads[-1], b"[DONE]")
         elif is_whole and b'"error"' not in body:
@@ -926,36 +924,40 @@ class Time(Case):
         answer = await self.ask_through(long, idle_seconds=0.3, write_seconds=0.3)
         self.assertEqual(answer.payloads[-1], b"[DONE]")
 
-    @asynccontextmanager
-    async def slow_client(self, reply: Reply, **settings: Any) -> AsyncIterator[Any]:
+    async def slow(self, url: str) -> asyncio.StreamReader:
         """A client that has asked and reads nothing; segments and buffers are small, so that
-        some 100 KB fill all that lies between."""
-        with socket.socket() as sock:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
-            async with upstream(reply) as up, serving(up, **settings) as url:
-                sock.connect(("127.0.0.1", urlsplit(url).port))
-                reader, writer = await asyncio.open_connection(sock=sock, limit=1024)
-                writer.write(request())
-                yield url, reader, up
-                writer.transport.abort()
+        some 40 KB fill all that lies between."""
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
+        sock.connect(("127.0.0.1", urlsplit(url).port))
+        reader, writer = await asyncio.open_connection(sock=sock, limit=1024)
+        self.addCleanup(writer.close)
+        writer.write(request())
+        return reader
 
     async def test_the_tail_belongs_to_the_stream(self) -> None:
         """After [DONE] the upstream is let go, even if it holds the socket open. But a stream
-        runs until the client has taken its last byte: the limits and the drain know of it, and
-        nothing, no heartbeat either, follows that byte."""
-        whole = OPEN + framed(b'{"choices":["%b"]}' % (b"x" * 500_000)) + TAIL
-        tail = self.slow_client(partial(Call.raw, data=whole), heartbeat_seconds=0.1)
-        async with tail as (url, reader, up):
-            await self.eventually(lambda: up.calls and up.calls[0].gone.is_set())
-            await asyncio.sleep(0.3)
-            self.assertEqual((await self.metrics(url))["chatstream_active_streams"], 1)
-            self.assertEqual(await self.outcomes(url), {})
-            data = await self.read_until(reader, b"\r\n0\r\n\r\n")
-            self.assertTrue(data.endswith(b"[DONE]\n\n\r\n0\r\n\r\n"), data[-80:])
-            await self.until_counted(url, "completed")
-            with self.assertRaises(TimeoutError):
-                await asyncio.wait_for(reader.read(1), 0.25)
+        runs until its client has taken the last byte: one that is `completed` has got there,
+        whatever comes, and nothing, no heartbeat either, follows that byte."""
+        sizes = range(20_000, 160_000, 10_000)  # asyncio would not wait for the last 64 KB
+        events = (framed(b'{"choices":["%b"]}' % (b"x" * size)) for size in sizes)
+        env = {"CHATSTREAM_HEARTBEAT_SECONDS": "0.1", "CHATSTREAM_WRITE_SECONDS": "1"}
+        async with upstream(lambda call: call.raw(OPEN + next(events) + TAIL)) as up:
+            async with program(OPENAI_BASE_URL=up.url, **env) as run:
+                readers = [await self.slow(run.url) for _ in sizes]
+                await self.eventually(lambda: sum(call.gone.is_set() for call in up.calls) == 14)
+                self.assertGreater((await self.metrics(run.url))["chatstream_active_streams"], 1)
+                await self.until_counted(run.url, "client_gone")
+                await asyncio.sleep(0.2)
+                self.assertEqual(await run.end(signal.SIGTERM), 0)
+        whole = 0
+        for reader in readers:
+            with suppress(ConnectionError):
+                data = await self.read_until(reader, b"?")
+                whole += data.endswith(b"[DONE]\n\n\r\n0\r\n\r\n")
+        ends = [run.err.count(f"outcome={name}") for name in ("completed", "client_gone")]
+        self.assertEqual(ends, [whole, 14 - whole])
 
     async def test_stalled_client(self) -> None:
         """Who takes nothing for the write limit has gone: new tokens do not count as reading.
@@ -966,16 +968,16 @@ class Time(Case):
             nonlocal sent
             await call.start()
             while sent < 200_000_000:
-                await call.send(framed(b'{"choices":["%b"]}' % (b"x" * 20_000)) * size)
-                sent += size * 20_000
+                await call.send(framed(b'{"choices":["%b"]}' % (b"x" * size)))
+                sent += size
                 await asyncio.sleep(pause)
 
-        trickles, floods = partial(pours, size=1, pause=0.05), partial(pours, size=5, pause=0)
-        async with self.slow_client(trickles, write_seconds=0.5) as (url, _, _):
-            started = time.monotonic()
+        trickles = partial(pours, size=2000, pause=0.05)
+        async with upstream(trickles) as up, serving(up, write_seconds=0.4) as url:
+            await self.slow(url)
             await self.until_counted(url, "client_gone")
-            self.assertLess(time.monotonic() - started, 2.5)
-        async with upstream(floods) as up:
+            self.assertLess(sent, 80_000)
+        async with upstream(partial(pours, size=100_000, pause=0)) as up:
             async with program(OPENAI_BASE_URL=up.url, CHATSTREAM_WRITE_SECONDS="1") as run:
                 await self.ask(run.url, b"{}")  # what grows at a first request has grown
                 before, started = run.memory(), time.monotonic()
@@ -1214,16 +1216,15 @@ class Watching(Case):
         seen = [repr(Settings(api_key=secrets[0], token=secrets[1]))]
         async with upstream(says("Hi")) as up, program(OPENAI_BASE_URL=up.url, **env) as run:
             for up.reply in (says("Hi"), fails(400, leak), sends(framed(leak)), fails(500, leak)):
-                for text in (body, body[:-1], b'{"messages":[{"role":"PRIVATE TEXT"}]}'):
-                    for token in (secrets[1], "no"):
-                        headers = {"Authorization": f"Bearer {token}", "X-Request-Id": "my-id"}
-                        seen.append((await self.ask(run.url, text, **headers)).body.decode())
+                for text, token in ((body, secrets[1]), (body[:-1], secrets[1]), (body, "no")):
+                    headers = {"Authorization": f"Bearer {token}", "X-Request-Id": "my-id"}
+                    seen.append((await self.ask(run.url, text, **headers)).body.decode())
             malformed = await self.raw(run.url, b"GET / HTTP/9\r\nPRIVATE TEXT\r\n\r\n")
             seen += [malformed.decode(), str(await self.metrics(run.url))]
             seen.append(Path(f"/proc/{run.process.pid}/cmdline").read_text())
             self.assertEqual(await run.end(signal.SIGTERM), 0)
         lines = run.err.splitlines()
-        self.assertEqual(len(lines), 4 * 3 * 2, run.err)
+        self.assertEqual(len(lines), 4 * 3, run.err)
         pattern = r"id=my-id outcome=completed status=200 events=2 first=0\.\d+s total=0\.\d+s$"
         self.assertRegex(lines[0], pattern)
         for secret in secrets:
@@ -1429,30 +1430,35 @@ class Drain(Case):
                 self.assertRegex(run.err, r"^\S+ \S+ id=\w+ outcome=rejected status=503 .*\n$")
                 writer.close()
 
-    @asynccontextmanager
-    async def deaf(self, env: dict[str, str], *how: str, **more: Any) -> AsyncIterator[Program]:
-        """The program, where what it prints cannot be read: on a port that we choose."""
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            env = env | {"CHATSTREAM_PORT": str(free.getsockname()[1])}
-        async with running(["chatstream.py"], env, *how, **more) as run, asyncio.timeout(PATIENCE):
+    def pipes(self) -> dict[str, int]:
+        """One whose reader has gone, as `| head -1` does; a full one whose reader sleeps."""
+        gone, stdout = os.pipe()
+        asleep, stderr = os.pipe()
+        os.close(gone)
+        os.set_blocking(stderr, False)
+        with suppress(BlockingIOError):
             while True:
-                with suppress(aiohttp.ClientError):
-                    await self.metrics(run.url)
-                    break
-                await asyncio.sleep(0.02)
-            yield run
+                os.write(stderr, bytes(4096))
+        os.set_blocking(stderr, True)
+        for each in (stdout, asleep, stderr):
+            self.addCleanup(os.close, each)
+        return {"stdout": stdout, "stderr": stderr}
 
-    async def until_closed(self, url: str) -> None:
+    async def until(self, url: str, is_open: bool) -> None:
+        """Waits until connections are accepted, or no longer."""
         async with asyncio.timeout(PATIENCE):
-            with suppress(OSError):
-                while True:
-                    _, writer = await self.connect(url)
-                    writer.close()
-                    await asyncio.sleep(0.01)
+            found = not is_open
+            while found != is_open:
+                await asyncio.sleep(0.01)
+                found = False
+                with suppress(OSError):
+                    (await self.connect(url))[1].close()
+                    found = True
 
     async def test_running_requests_go_on(self) -> None:
         """What runs is finished, a stream or a list of models; meanwhile new requests are
-        refused, and nobody can connect. All this whatever becomes of stdout and stderr."""
+        refused, and nobody can connect. All this whatever becomes of stdout and stderr; and
+        pipes are left as they were, since others may write to them."""
 
         async def reply(call: Call) -> None:
             if call.request_line.startswith("POST"):
@@ -1462,23 +1468,28 @@ class Drain(Case):
 
         # Not in development mode, where asyncio tells of a connection that comes while it closes.
         env = {"PYTHONDEVMODE": "", "OPENAI_MODEL": "模型,*", "PYTHONIOENCODING": "ascii"}
-        for redirect in ("", ">/dev/full 2>/dev/full", ">&- 2>&-", "2>&-"):
-            go, shell = asyncio.Event(), f'exec "$@" {redirect}'
+        pipes = self.pipes()
+        for redirect in ("", ">/dev/full 2>/dev/full", ">&- 2>&-", "2>&-", None):
+            go, how = asyncio.Event(), {} if redirect is not None else pipes
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                env["CHATSTREAM_PORT"] = str(free.getsockname()[1])
             async with upstream(reply) as up:
-                async with self.deaf(env | {"OPENAI_BASE_URL": up.url}, shell) as run:
+                env["OPENAI_BASE_URL"] = up.url
+                shell = f'exec "$@" {redirect or ""}'
+                async with running(["chatstream.py"], env, shell, **how) as run:
+                    await self.until(run.url, is_open=True)
                     listing = asyncio.ensure_future(self.get(run.url + "/v1/models"))
                     async with self.post(run.url) as response:
                         await self.eventually(lambda: len(up.calls) == 2)
                         await asyncio.gather(*(self.get(run.url + "/readyz") for _ in range(8)))
                         run.process.send_signal(signal.SIGTERM)
-                        await self.until_closed(run.url)
+                        await self.until(run.url, is_open=False)
                         for path, status in {"/readyz": 503, "/healthz": 200, "/": 503}.items():
                             answer = await self.get(run.url + path)
                             told = (answer.status, answer.headers["Connection"])
                             self.assertEqual(told, (status, "close"))
                         answer = await self.ask(run.url)
-                        told = (answer.status, answer.error["code"])
-                        self.assertEqual(told, (503, "server_draining"))
+                        self.assertEqual(answer.error["code"], "server_draining")
                         self.assertIn("Retry-After", answer.headers)
                         go.set()
                         self.assertTrue((await response.read()).endswith(DONE))
@@ -1486,23 +1497,8 @@ class Drain(Case):
                     self.assertEqual(await run.end(), 0)
             self.assertNotIn("outcome=", run.out, "log lines are no output")
             self.assertNotIn("Traceback", run.out + run.err)
-
-    async def test_outputs_that_nobody_reads(self) -> None:
-        """A pipe whose reader has gone or sleeps: lines are dropped, it drains all the same, and
-        the pipe is left as it was, since others may write to it."""
-        gone, stdout = os.pipe()
-        os.close(gone)  # as `| head -1` does
-        asleep, stderr = os.pipe()
-        async with self.deaf({"OPENAI_BASE_URL": NOWHERE}, stdout=stdout, stderr=stderr) as run:
-            for _ in range(20):  # 64 KB fill a pipe
-                asks = (self.ask(run.url, b"{", X_Request_Id="x" * 128) for _ in range(20))
-                await asyncio.gather(*asks)
-            self.assertEqual((await self.ask(run.url)).status, 502)
-            for each in (stdout, stderr):
-                self.assertFalse(fcntl.fcntl(each, fcntl.F_GETFL) & os.O_NONBLOCK)
-            self.assertEqual(await run.end(signal.SIGTERM), 0)
-        for each in (stdout, asleep, stderr):
-            os.close(each)
+        for each in pipes.values():
+            self.assertFalse(fcntl.fcntl(each, fcntl.F_GETFL) & os.O_NONBLOCK)
 
     async def test_deadline(self) -> None:
         """Those left at the deadline are told: in-band, or by 503 if nothing was sent yet; a
@@ -1541,7 +1537,7 @@ class Drain(Case):
             async with self.post(run.url) as response:
                 await asyncio.sleep(0.3)
                 run.process.send_signal(signal.SIGTERM)
-                await self.until_closed(run.url)
+                await self.until(run.url, is_open=False)
                 run.process.send_signal(signal.SIGSTOP)
                 await asyncio.sleep(1.1)
                 run.process.send_signal(signal.SIGCONT)
@@ -1552,7 +1548,7 @@ class Drain(Case):
         async with upstream(stalls) as up, program(OPENAI_BASE_URL=up.url) as run:
             async with self.post(run.url):
                 run.process.send_signal(signal.SIGINT)
-                await self.until_closed(run.url)
+                await self.until(run.url, is_open=False)
                 started = time.monotonic()
                 self.assertEqual(await run.end(signal.SIGINT), 1)
                 self.assertLess(time.monotonic() - started, 0.5)
