@@ -201,13 +201,8 @@ async def stalls(call: Call, until: asyncio.Event | None = None) -> None:
 @asynccontextmanager
 async def serving(up: Upstream | None = None, **settings: Any) -> AsyncIterator[str]:
     """The server in this process, in front of an upstream; gives its address."""
-    base: dict[str, Any] = {
-        "base_url": up.url if up else NOWHERE,
-        "port": 0,
-        "drain_seconds": 0.0,
-        "model": ("m",),
-    }
-    server = Chatstream(Settings(**(base | settings)))
+    usual: Any = {"base_url": up.url if up else NOWHERE, "model": ("m",), "drain_seconds": 0.0}
+    server = Chatstream(Settings(port=0, **usual | settings))
     try:
         yield await server.start()
     finally:
@@ -247,9 +242,8 @@ class Answer:
 
 class Case(unittest.IsolatedAsyncioTestCase):
     async def asyncSetUp(self) -> None:
-        limits: Any = {"connector": aiohttp.TCPConnector(limit=0)}
-        limits["timeout"] = aiohttp.ClientTimeout(total=PATIENCE)
-        self.client = aiohttp.ClientSession(**limits)
+        pool, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=PATIENCE)
+        self.client = aiohttp.ClientSession(connector=pool, timeout=timeout)
         self.addAsyncCleanup(self.client.close)
         self.loop_errors: list[Any] = []
         handler = lambda _, context: self.loop_errors.append(context)  # noqa: E731
@@ -314,6 +308,11 @@ class Case(unittest.IsolatedAsyncioTestCase):
         async with asyncio.timeout(PATIENCE):
             while outcome not in await self.outcomes(url):
                 await asyncio.sleep(0.02)
+
+    def has(self, headers: Any, **wanted: str) -> None:
+        """Among these headers are those: `x_request_id="i"` is `X-Request-Id: i`."""
+        told = {name: headers.get(name.replace("_", "-")) for name in wanted}
+        self.assertEqual(told, wanted)
 
     async def eventually(self, true: Callable[[], Any]) -> Any:
         async with asyncio.timeout(PATIENCE):
@@ -623,7 +622,6 @@ async def its_address(call: Call) -> None:
 
 OPEN = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"  # its body ends with it
 LEAK = b'{"error":"Key sk-secret-1 of x at /v1: in 10.24 s"}'
-TRACEBACK = b'{"error":"Traceback (most recent call last): x"}'
 NO_TEXTS = b'{"error":{"message":{},"type":7,"code":[]}}'
 LISTED = b'{"detail":[{"loc":["body"],"msg":"Field required"}]}'
 # fmt: off
@@ -637,7 +635,6 @@ FAULTS: dict[str, Any] = {
     "429 as a text (Scaleway)": (fails(429, b'{"error":"No"}'), "429 upstream_rejected", "No"),
     "404 in HTML": (fails(404, b"<html>"), "404 upstream_rejected", "refused"),
     "HTML in JSON": (fails(400, b'{"error":"<html>x"}'), "400 upstream_rejected", "refused"),
-    "a traceback": (fails(400, TRACEBACK), "400 upstream_rejected", "refused"),
     "no texts": (fails(400, NO_TEXTS), "400 upstream_rejected", "refused"),
     "a secret": (fails(400, LEAK), "400 upstream_rejected", "Key *** of x at /v1: in 10.24 s"),
     "its address": (its_address, "400 upstream_rejected", "see ***"),
@@ -650,12 +647,10 @@ FAULTS: dict[str, Any] = {
     "a text": (sends(b"Hi", content_type="text/plain"), "502 upstream_invalid", "be read"),
     "200 with an error": (fails(200, LOUD), "502 busy", "Overloaded", "overloaded_error"),
     "200 with bad JSON": (fails(200, b"{"), "502 upstream_invalid", "be read"),
-    "200 with other JSON": (fails(200, b"{}"), "502 upstream_invalid", "be read"),
     "nothing": (sends(), "502 empty_stream", "empty"),
     "too much": (sends(b"data: %b" % (b"x" * 50_000)), "502 event_too_large", "too large"),
     "an error": (sends(framed(LOUD)), "502 busy", "Overloaded", "overloaded_error"),
     "an error later": (sends(framed(SAID, LOUD) + DONE), "200 busy", "Over", "overloaded_error"),
-    "no JSON in mid-stream": (sends(framed(SAID, b"x") + DONE), "200 upstream_invalid", "be read"),
     "half a payload": (sends(b'data: {"cho'), "502 stream_truncated truncated", "broke off"),
     "half an answer": (sends(framed(SAID)), "200 stream_truncated truncated", "broke off"),
     "a reset later": (resets(OPEN + framed(SAID)), "200 stream_truncated truncated", "broke"),
@@ -730,8 +725,7 @@ class Status(Case):
         head += b"Set-Cookie: a=b\r\nContent-Length: 23\r\n\r\n"
         answer = await self.ask_through(resets(head + b'{"error":{"param":"n"}}'))
         self.assertEqual((answer.status, answer.error["param"]), (429, "n"))
-        kept = [answer.headers.get(name) for name in ("Retry-After", "X-RateLimit-Limit")]
-        self.assertEqual(kept, ["7", "60"])
+        self.has(answer.headers, retry_after="7", x_ratelimit_limit="60")
         self.assertFalse({"X-RateLimit-X", "Set-Cookie"} & set(answer.headers))
 
     async def test_heartbeats(self) -> None:
@@ -741,54 +735,37 @@ class Status(Case):
         beats = answer.body.count(b": keep-alive\n\n")
         self.assertIn(beats, (1, 2, 3), "one a heartbeat, not one a look")
 
-    async def test_headers(self) -> None:
-        """Streams carry what keeps proxies from holding them back; no banner; a sane id."""
-        wanted = {
-            "Content-Type": "text/event-stream; charset=utf-8",
-            "Cache-Control": "no-cache, no-transform",
-            "X-Accel-Buffering": "no",
-            "X-Content-Type-Options": "nosniff",
-            "X-Request-Id": "abc.1-2_3",
-            "Server": "chatstream",
-        }
-        async with upstream(says("Hi")) as up, serving(up) as url:
-            sent = (await self.ask(url, X_Request_Id="abc.1-2_3")).headers
-            self.assertEqual({name: sent[name] for name in wanted}, wanted)
-            for bad in ("a b", "x" * 129, "<b>", "", "ä"):
-                told = (await self.ask(url, X_Request_Id=bad)).headers["X-Request-Id"]
-                self.assertRegex(told, r"^[a-f0-9]{8,128}$")
-
 
 # ---- What the upstream is asked ----------------------------------------------------------
 
 
 class Asking(Case):
     async def test_request(self) -> None:
-        """The upstream gets the key, the request id and the body, all that OpenAI's API knows
-        or may add; nothing else of the client. What is sent on is what was checked: a second
-        `model` cannot slip past."""
+        """The upstream gets the key, the request id and the body, all that OpenAI's API knows or
+        may add; nothing else of the client. What is sent on is what was checked: a second
+        `model` cannot slip past. What comes back has what keeps proxies from holding it back."""
         messages = [
             {"role": "developer", "content": "x"},
             {"role": "user", "content": [{"type": "text", "text": "x"}]},
             {"role": "assistant", "content": None, "tool_calls": []},
             {"role": "tool", "tool_call_id": "1", "content": "\U0001f600 \ud83d"},
         ]
+        body = {"messages": messages, "stream": None, "next_year": {"x": [1]}, "model": None}
+        text = b'{"model": "gpt-9", ' + json.dumps(body)[1:].encode()
         async with upstream(says("Hi")) as up, serving(up, api_key="sk-1") as url:
-            body = {"messages": messages, "stream": None, "next_year": {"x": [1]}, "model": None}
-            text = b'{"model": "gpt-9", ' + json.dumps(body)[1:].encode()
-            await self.ask(url, text, Cookie="a=b", X_Request_Id="i", Authorization="Bearer no")
-            (call,) = up.calls
+            sent = {"Cookie": "a=b", "X-Request-Id": "a.1-2_3", "Authorization": "Bearer no"}
+            answer = await self.ask(url, text, **sent)
+        (call,) = up.calls
         self.assertEqual(call.request_line, "POST /v1/chat/completions HTTP/1.1")
+        self.has(call.headers, authorization="Bearer sk-1", accept="text/event-stream")
+        self.has(call.headers, accept_encoding="identity", x_request_id="a.1-2_3")
         self.assertEqual(call.body, body | {"model": "m", "stream": True})
         self.assertNotIn(b"gpt-9", call.raw_body)
-        wanted = {
-            "authorization": "Bearer sk-1",
-            "accept": "text/event-stream",
-            "accept-encoding": "identity",
-            "x-request-id": "i",
-        }
-        self.assertEqual({name: call.headers[name] for name in wanted}, wanted)
         self.assertNotIn("cookie", call.headers)
+        self.has(answer.headers, content_type="text/event-stream; charset=utf-8")
+        self.has(answer.headers, cache_control="no-cache, no-transform", x_accel_buffering="no")
+        self.has(answer.headers, x_content_type_options="nosniff", x_request_id="a.1-2_3")
+        self.has(answer.headers, server="chatstream")
 
     async def test_without_a_key(self) -> None:
         """No key: no Authorization header. No cookie of an upstream is kept, though its
@@ -890,14 +867,6 @@ class Time(Case):
                         self.assertLess(took, 0.05)
                     page = await self.get(run.url, ssl=CLIENT_TLS)
         self.assertIn("max-age", page.headers["Strict-Transport-Security"])
-
-    async def test_many_at_once(self) -> None:
-        """The 101st stream does not wait for the first hundred."""
-        async with upstream(stalls) as up, serving(up) as url:
-            answers = await asyncio.gather(*(self.post(url) for _ in range(101)))
-            self.assertEqual((await self.metrics(url))["chatstream_active_streams"], 101)
-            for answer in answers:
-                answer.close()
 
     async def test_fixed_waits(self) -> None:
         """Two waits that no setting changes. An idle connection is closed before most servers do
@@ -1146,24 +1115,23 @@ class Access(Case):
         for tag, text in re.findall(r"(?s)<(script|style)>(.*?)</\1>", html):
             digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
             policy += f"; {tag}-src 'sha256-{digest}'"
-        wanted = {
-            "Cache-Control": "no-cache",
-            "Referrer-Policy": "no-referrer",
-            "Cross-Origin-Opener-Policy": "same-origin",
-            "Cross-Origin-Resource-Policy": "same-origin",
-        }
         async with serving() as url:
             answer = await self.get(url)
             headers, tag = answer.headers, answer.headers["ETag"]
             self.assertEqual(answer.body.decode(), html)
             told = headers["Content-Security-Policy"]
             self.assertEqual(sorted(told.split("; ")), sorted(policy.split("; ")))
-            self.assertEqual({name: headers[name] for name in wanted}, wanted)
+            self.has(headers, cache_control="no-cache", referrer_policy="no-referrer")
+            self.has(headers, cross_origin_opener_policy="same-origin")
+            self.has(headers, cross_origin_resource_policy="same-origin")
             self.assertIn("microphone=()", headers["Permissions-Policy"])
             self.assertNotIn("Strict-Transport-Security", headers)
             for sent, status in ((tag, 304), (f'W/{tag}, "x"', 304), ("*", 304), ('"x"', 200)):
                 answer = await self.get(url, headers={"If-None-Match": sent})
                 self.assertEqual((answer.status, answer.headers["ETag"]), (status, tag), sent)
+            for bad in ("a b", "x" * 129, "<b>", "", "ä"):
+                told = (await self.get(url, headers={"X-Request-Id": bad})).headers["X-Request-Id"]
+                self.assertRegex(told, r"^[a-f0-9]{8,128}$", "no sane id")
 
 
 # ---- What can be watched -----------------------------------------------------------------
@@ -1172,7 +1140,8 @@ class Access(Case):
 class Watching(Case):
     async def test_metrics(self) -> None:
         """Every POST to the stream routes is counted once, and nothing else is; what we refuse
-        has no duration. Each metric has its help and its type, the histograms GenAI's buckets."""
+        has no duration; a bug of ours is nobody else's fault. Each metric has its help and its
+        type, the histograms GenAI's buckets."""
         async with upstream(says("Hi")) as up, serving(up) as url:
             await self.ask(url)
             await self.get(url + "/v1/chat/completions", "POST", json=HELLO)
@@ -1197,10 +1166,7 @@ class Watching(Case):
             self.assertEqual(list(map(float, bounds[:15])), [0.01 * 2**n for n in range(15)])
             self.assertEqual(bounds[15:], ["327.68", "+Inf"])
             self.assertEqual(metrics[each + "_count"], 2)
-
-    async def test_our_own_fault(self) -> None:
-        """A bug of ours is a 500, counted `failed`, and no fault of the client's."""
-        async with serving(model=()) as url:  # variables and flags cannot ask for this
+        async with serving(model=()) as url:  # a bug of ours: variables cannot ask for this
             with self.assertLogs(level="ERROR"):
                 answer = await self.ask(url)
             self.assertEqual((answer.status, answer.error["code"]), (500, "internal_error"))
@@ -1232,8 +1198,8 @@ class Watching(Case):
                 self.assertNotIn(secret, place)
 
     async def test_nothing_is_left_behind(self) -> None:
-        """Streams by the hundred, whole, refused, broken and left, leave memory and files as
-        they were."""
+        """The 101st stream does not wait for the first hundred. Streams by the hundred, whole,
+        refused, broken and left, leave memory and files as they were."""
         replies = {"a": says("Hi"), "b": fails(400, b"{}"), "c": sends(framed(SAID)), "d": stalls}
 
         async def some() -> None:
@@ -1243,8 +1209,13 @@ class Watching(Case):
 
         async with upstream(lambda call: replies[call.body["model"]](call)) as up:
             async with program(OPENAI_BASE_URL=up.url, OPENAI_MODEL="a,b,c,d") as run:
-                memory = []
-                for _ in range(4):
+                answers = await asyncio.gather(*(self.post(run.url, "d") for _ in range(101)))
+                self.assertEqual((await self.metrics(run.url))["chatstream_active_streams"], 101)
+                for answer in answers:
+                    answer.close()
+                await asyncio.gather(*(some() for _ in range(10)))
+                memory = [run.memory()]
+                for _ in range(3):
                     await asyncio.gather(*(some() for _ in range(10)))
                     memory.append(run.memory())
                 grown = [after - before for before, after in itertools.pairwise(memory)]
@@ -1352,15 +1323,13 @@ class Start(Case):
         with certificate() as (cert, key, _):
             Path(key).write_text(ENCRYPTED_KEY)
             env = {"CHATSTREAM_TLS_CERT": cert, "CHATSTREAM_TLS_KEY": key}
-            command = ["-c", code]
-            async with running(command, env, stdin=terminal, start_new_session=True) as run:
+            how = running(["-c", code], env, stdin=terminal, start_new_session=True)
+            async with how as run:
                 self.assertEqual(await run.end(), 2)
         self.assertIn("without a password", run.err)
         os.set_blocking(ours, False)
-        with self.assertRaises(BlockingIOError):
+        with self.assertRaises(BlockingIOError), open(ours), open(terminal):
             os.read(ours, 100)
-        os.close(ours)
-        os.close(terminal)
 
     def test_flags_beat_variables(self) -> None:
         """A flag beats its variable; an empty variable is none; numbers keep their fraction."""
@@ -1395,18 +1364,15 @@ class Start(Case):
             asks = (self.ask(run.url, HELLO | {"model": name}) for name in names)
             answers = dict(zip(names, await asyncio.gather(*asks), strict=True))
             await run.end(signal.SIGTERM)
-        whole, slow = answers.pop("demo"), answers.pop("demo-slow-start")
-        deltas = (json.loads(each)["choices"][0]["delta"] for each in whole.payloads[:-1])
+        deltas = (json.loads(each)["choices"][0]["delta"] for each in answers["demo"].payloads[:-1])
         text = "".join(each.get("content", "") for each in deltas)
         for words in ("# Hello from the demo", "> Hello", "OPENAI_API_KEY"):
             self.assertIn(words, text)
-        self.assertEqual((whole.payloads[-1], slow.payloads[-1]), (b"[DONE]", b"[DONE]"))
-        self.assertTrue(slow.body.startswith(b": keep-alive\n\n"))
-        self.assertEqual(answers["demo-rate-limit"].headers["Retry-After"], "5")
-        ends = {name: (each.status, each.error["code"]) for name, each in answers.items()}
-        self.assertEqual(ends.pop("demo-cut-off"), (200, "stream_truncated"))
-        self.assertEqual(ends.pop("demo-error"), (200, "out_of_memory"))
-        self.assertEqual(ends, {"demo-rate-limit": (429, "rate_limit_exceeded")})
+        slow, limited = answers["demo-slow-start"], answers["demo-rate-limit"]
+        self.assertTrue(slow.body.startswith(b": keep-alive\n\n") and slow.body.endswith(DONE))
+        self.assertEqual((limited.status, limited.headers["Retry-After"]), (429, "5"))
+        self.assertEqual(answers["demo-cut-off"].error["code"], "stream_truncated")
+        self.assertEqual(answers["demo-error"].error["code"], "out_of_memory")
         self.assertIn("the demo", run.out)
         self.assertNotIn("Traceback", run.err)
 
@@ -1532,14 +1498,14 @@ class Drain(Case):
     async def test_the_first_verdict_stays(self) -> None:
         """A stream that is ended for one reason is not told another: not when its upstream's
         time is up and the drain's, too, since the machine was asleep."""
-        env = {"CHATSTREAM_IDLE_SECONDS": "1", "CHATSTREAM_DRAIN_SECONDS": "1"}
+        env = {"CHATSTREAM_IDLE_SECONDS": "0.8", "CHATSTREAM_DRAIN_SECONDS": "1.5"}
         async with upstream(stalls) as up, program(OPENAI_BASE_URL=up.url, **env) as run:
             async with self.post(run.url) as response:
                 await asyncio.sleep(0.3)
                 run.process.send_signal(signal.SIGTERM)
                 await self.until(run.url, is_open=False)
                 run.process.send_signal(signal.SIGSTOP)
-                await asyncio.sleep(1.1)
+                await asyncio.sleep(1.6)
                 run.process.send_signal(signal.SIGCONT)
                 self.assertIn(b"upstream_timeout", await response.read())
 
