@@ -7,19 +7,18 @@ real sockets, and a real browser for the page. Read the docstrings from top to b
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-import difflib
-import errno
-import gc
+import base64
+import fcntl
+import gzip
+import hashlib
 import importlib.util
-import io
 import itertools
 import json
 import logging
 import os
+import pty
 import random
 import re
-import shlex
 import shutil
 import signal
 import socket
@@ -29,15 +28,10 @@ import sys
 import tempfile
 import time
 import unittest
-import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import (
-    AbstractAsyncContextManager,
-    AsyncExitStack,
-    asynccontextmanager,
-    contextmanager,
-    suppress,
-)
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
@@ -45,20 +39,16 @@ from urllib.parse import urlsplit
 import aiohttp
 
 import chatstream
-from chatstream import (
-    Chatstream,
-    Relay,
-    Settings,
-)
+from chatstream import BadSetting, Chatstream, Relay, Settings
 
 HERE = Path(__file__).parent
 logging.getLogger("aiohttp.server").addFilter(chatstream.Quiet())
-chatstream.log = lambda line: None  # its lines are read where the program runs by itself
 logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of each slow step
+chatstream.log = lambda line: None  # its lines are read where the program runs by itself
 PATIENCE = 10.0 * float(os.environ.get("CHATSTREAM_TEST_PATIENCE", "1"))  # seconds, then: red
 DONE = b"data: [DONE]\n\n"
 HELLO = {"messages": [{"role": "user", "content": "Hello"}]}
-JSON = {"Content-Type": "application/json"}
+NOWHERE = "http://127.0.0.1:1/v1"  # an upstream that nobody asks
 
 
 # ---- A scripted upstream -----------------------------------------------------------------
@@ -69,25 +59,14 @@ class Call(asyncio.Protocol):
     """A connection to the upstream: the request that came, and the means to answer it."""
 
     def __init__(self, up: Upstream) -> None:
-        self.up = up
-        self.buffer = b""
+        self.up, self.buffer = up, b""
         self.gone = asyncio.Event()  # the other side has closed the connection
-        self.writable = asyncio.Event()
-        self.writable.set()
 
     def connection_made(self, transport: Any) -> None:
         self.transport: asyncio.Transport = transport
-        self.up.connections += 1
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.gone.set()
-        self.writable.set()
-
-    def pause_writing(self) -> None:
-        self.writable.clear()
-
-    def resume_writing(self) -> None:
-        self.writable.set()
 
     def data_received(self, data: bytes) -> None:
         self.buffer += data
@@ -97,18 +76,15 @@ class Call(asyncio.Protocol):
         length = int(self.headers.get("content-length", 0))
         if blank and len(rest) >= length:
             self.raw_body, self.buffer = rest[:length], rest[length:]
+            self.body: Any = json.loads(self.raw_body or b"null")
             self.up.calls.append(self)
-            self.up.spawn(self.answer())
-
-    @property
-    def body(self) -> Any:
-        return json.loads(self.raw_body)
+            self.task = asyncio.create_task(self.answer())
 
     async def answer(self) -> None:
         self.chunked = False
         with suppress(ConnectionError):
             await self.up.reply(self)
-            if self.chunked:
+            if self.chunked and not self.transport.is_closing():
                 await self.raw(b"0\r\n\r\n")
 
     async def raw(self, data: bytes) -> None:
@@ -116,14 +92,15 @@ class Call(asyncio.Protocol):
         if self.gone.is_set():
             raise ConnectionResetError
         self.transport.write(data)
-        await self.writable.wait()
+        while self.transport.get_write_buffer_size() > 2**16:
+            await asyncio.sleep(0.001)
 
     async def start(
         self, status: int = 200, content_type: str = "text/event-stream", **headers: str
     ) -> None:
         """The head of a chunked answer; `retry_after="5"` makes a header `retry-after: 5`."""
         lines = [f"HTTP/1.1 {status} X", "Transfer-Encoding: chunked"]
-        lines += [f"Content-Type: {content_type}"] if content_type else []
+        headers |= {"content_type": content_type} if content_type else {}
         lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
         self.chunked = True
         await self.raw("\r\n".join([*lines, "", ""]).encode())
@@ -133,26 +110,18 @@ class Call(asyncio.Protocol):
             await self.raw(b"%x\r\n%b\r\n" % (len(data), data))
 
     async def cut(self) -> None:
-        """No end of the body, no goodbye."""
-        self.chunked = False
+        """No end of the body, no goodbye: a reset."""
         self.transport.abort()
 
 
 Reply = Callable[[Call], Awaitable[None]]
 
 
+@dataclass
 class Upstream:
-    def __init__(self, reply: Reply) -> None:
-        self.reply = reply
-        self.url = ""
-        self.calls: list[Call] = []
-        self.connections = 0
-        self.tasks: set[asyncio.Task[None]] = set()
-
-    def spawn(self, work: Any) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+    reply: Reply
+    url: str = ""
+    calls: list[Call] = field(default_factory=list)  # a connection used twice stands here twice
 
 
 @asynccontextmanager
@@ -160,15 +129,14 @@ async def upstream(reply: Reply, tls: ssl.SSLContext | None = None) -> AsyncIter
     up = Upstream(reply)
     loop = asyncio.get_running_loop()
     server = await loop.create_server(lambda: Call(up), "127.0.0.1", 0, ssl=tls)
-    host = "localhost" if tls else "127.0.0.1"
-    up.url = f"http{'s' if tls else ''}://{host}:{server.sockets[0].getsockname()[1]}/v1"
+    port = server.sockets[0].getsockname()[1]
+    up.url = f"https://localhost:{port}/v1" if tls else f"http://127.0.0.1:{port}/v1"
     try:
         yield up
     finally:
         server.close()
-        for task in up.tasks:
-            task.cancel()
         for call in up.calls:
+            call.task.cancel()
             call.transport.abort()
 
 
@@ -183,24 +151,17 @@ def delta(finish_reason: str | None = None, **fields: Any) -> bytes:
 
 def says(*pieces: str, finish: str | None = "stop", usage: Any = None) -> Reply:
     """A reply that streams these pieces of text, and ends as it should."""
-
-    async def reply(call: Call) -> None:
-        await call.start()
-        for piece in pieces:
-            await call.send(delta(content=piece))
-        await call.send(delta(finish))
-        if usage:
-            await call.send(chunk(choices=[], usage=usage))
-        await call.send(DONE)
-
-    return reply
+    events = [*(delta(content=piece) for piece in pieces), delta(finish)]
+    return sends(*events, *([chunk(choices=[], usage=usage)] if usage else []), DONE)
 
 
-def sends(*pieces: bytes, status: int = 200, content_type: str = "text/event-stream") -> Reply:
+def sends(
+    *pieces: bytes, status: int = 200, content_type: str = "text/event-stream", **headers: str
+) -> Reply:
     """A reply of these bytes, each piece in a read of its own."""
 
     async def reply(call: Call) -> None:
-        await call.start(status, content_type)
+        await call.start(status, content_type, **headers)
         for piece in pieces:
             await call.send(piece)
             await asyncio.sleep(0)
@@ -208,16 +169,22 @@ def sends(*pieces: bytes, status: int = 200, content_type: str = "text/event-str
     return reply
 
 
+def fails(status: int, body: bytes, **headers: str) -> Reply:
+    """A reply in JSON."""
+    return sends(body, status=status, content_type="application/json", **headers)
+
+
 async def silent(call: Call) -> None:
     """A reply that never comes."""
     await call.gone.wait()
 
 
-async def stalls(call: Call) -> None:
-    """A reply that begins, and then says nothing more."""
+async def stalls(call: Call, until: asyncio.Event | None = None) -> None:
+    """A reply that begins, and then says nothing more, or not until then."""
     await call.start()
     await call.send(delta(content="Once"))
-    await call.gone.wait()
+    await (until or call.gone).wait()
+    await call.send(TAIL)
 
 
 # ---- The real server, and a client -------------------------------------------------------
@@ -226,14 +193,21 @@ async def stalls(call: Call) -> None:
 @asynccontextmanager
 async def serving(up: Upstream | None = None, **settings: Any) -> AsyncIterator[str]:
     """The server in this process, in front of an upstream; gives its address."""
-    if up:
-        settings["base_url"] = up.url
-    settings = dict[str, Any](port=0, drain_seconds=0.0, model=("m",)) | settings
-    server = Chatstream(Settings(**settings))
+    usual: Any = {"base_url": up.url if up else NOWHERE, "model": ("m",), "drain_seconds": 0.0}
+    server = Chatstream(Settings(port=0, **usual | settings))
     try:
         yield await server.start()
     finally:
         await server.drain()
+
+
+def request(body: bytes = b"", line: str = "POST /stream HTTP/1.1", **more: str) -> bytes:
+    """A request as it travels: of this body, else of HELLO, with these headers besides."""
+    body = body or json.dumps(HELLO).encode()
+    headers = {"Host": "localhost", "Content-Type": "application/json", "Content-Length": len(body)}
+    headers |= {name.replace("_", "-"): value for name, value in more.items()}
+    lines = [line, *(f"{name}: {value}" for name, value in headers.items()), "", ""]
+    return "\r\n".join(lines).encode() + body
 
 
 class Answer:
@@ -254,15 +228,14 @@ class Answer:
     @property
     def error(self) -> Any:
         """The one error: the body's, or the last event's."""
-        if self.headers["Content-Type"] == "application/json":
-            return json.loads(self.body)["error"]
-        return json.loads(self.payloads[-1])["error"]
+        is_event = self.headers["Content-Type"] != "application/json"
+        return json.loads(self.payloads[-1] if is_event else self.body)["error"]
 
 
 class Case(unittest.IsolatedAsyncioTestCase):
     async def asyncSetUp(self) -> None:
-        timeout = aiohttp.ClientTimeout(total=PATIENCE)
-        self.client = aiohttp.ClientSession(timeout=timeout)
+        pool, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=PATIENCE)
+        self.client = aiohttp.ClientSession(connector=pool, timeout=timeout)
         self.addAsyncCleanup(self.client.close)
         self.loop_errors: list[Any] = []
         handler = lambda _, context: self.loop_errors.append(context)  # noqa: E731
@@ -275,38 +248,65 @@ class Case(unittest.IsolatedAsyncioTestCase):
     async def ask(self, url: str, body: Any = HELLO, **headers: str) -> Answer:
         """POST /stream with this body (bytes as they are) and these headers besides."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        sent = JSON | {name.replace("_", "-"): value for name, value in headers.items()}
-        async with self.client.post(url + "/stream", data=data, headers=sent) as response:
-            return Answer(response, await response.read())
+        sent = {"Content-Type": "application/json"}
+        sent |= {name.replace("_", "-"): value for name, value in headers.items()}
+        return await self.get(url + "/stream", "POST", data=data, headers=sent)
 
     async def ask_through(self, reply: Reply, body: Any = HELLO, **settings: Any) -> Answer:
         """The answer to one request, with an upstream that replies so."""
         async with upstream(reply) as up, serving(up, **settings) as url:
             return await self.ask(url, body)
 
-    def post(self, url: str) -> Any:
-        """The same, as a context in which the answer is still running."""
-        return self.client.post(url + "/stream", json=HELLO)
+    async def get(self, url: str, method: str = "GET", **how: Any) -> Answer:
+        async with self.client.request(method, url, **how) as response:
+            return Answer(response, await response.read())
 
-    async def raw(self, url: str, data: bytes) -> bytes:
-        """What the server answers to these bytes, until it closes or nothing more comes."""
-        reader, writer = await asyncio.open_connection("127.0.0.1", urlsplit(url).port)
+    def post(self, url: str, model: str | None = None) -> Any:
+        """POST /stream, as a context in which the answer is still running."""
+        return self.client.post(url + "/stream", json=HELLO | {"model": model})
+
+    async def connect(self, url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        tls = CLIENT_TLS if url.startswith("https") else None
+        return await asyncio.open_connection("127.0.0.1", urlsplit(url).port, ssl=tls)
+
+    async def raw(self, url: str, data: bytes, end: bytes = b"}}") -> bytes:
+        """What the server answers to these bytes, up to the end of an error, or this one."""
+        reader, writer = await self.connect(url)
         writer.write(data)
-        answer = b""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(1):
-                while more := await reader.read(65536):
-                    answer += more
+        answer = await self.read_until(reader, end)
         writer.close()
         return answer
 
+    async def read_until(self, reader: asyncio.StreamReader, end: bytes) -> bytes:
+        """What comes, until this has come or nothing more does."""
+        data = b""
+        async with asyncio.timeout(PATIENCE):
+            while end not in data and (more := await reader.read(65536)):
+                data += more
+        return data
+
     async def metrics(self, url: str) -> dict[str, float]:
-        async with self.client.get(url + "/metrics") as response:
-            lines = (await response.text()).splitlines()
+        lines = (await self.get(url + "/metrics")).body.decode().splitlines()
         samples = (line.rpartition(" ") for line in lines if not line.startswith("#"))
         return {name: float(value) for name, _, value in samples}
 
-    async def eventually(self, true: Callable[[], Any], what: str = "the condition") -> Any:
+    async def outcomes(self, url: str) -> dict[str, float]:
+        """How streams ended, and how often."""
+        name = re.compile(r'chatstream_streams_total\{outcome="(\w+)"\}')
+        every = (await self.metrics(url)).items()
+        return {found[1]: n for each, n in every if n and (found := name.fullmatch(each))}
+
+    async def until_counted(self, url: str, outcome: str) -> None:
+        async with asyncio.timeout(PATIENCE):
+            while outcome not in await self.outcomes(url):
+                await asyncio.sleep(0.02)
+
+    def has(self, headers: Any, **wanted: str) -> None:
+        """Among these headers are those: `x_request_id="i"` is `X-Request-Id: i`."""
+        told = {name: headers.get(name.replace("_", "-")) for name in wanted}
+        self.assertEqual(told, wanted)
+
+    async def eventually(self, true: Callable[[], Any]) -> Any:
         async with asyncio.timeout(PATIENCE):
             while not (found := true()):
                 await asyncio.sleep(0.002)
@@ -317,33 +317,34 @@ class Case(unittest.IsolatedAsyncioTestCase):
 
 # Made for these tests, for localhost, for a hundred years; it guards nothing.
 PEM_KEY = """-----BEGIN PRIVATE KEY-----
-MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgEXnsR/5BHXO0ZCDr
-zbFiIlHKEUJDtj+CcEOUyKqr/UahRANCAATqbRcwJ5GdwbOoq6zc+pyfdy8qjVmN
-WkyiL1vmATogUvO5wpbBahphDySW+QoilLnSeKJQLRehQ64xOy0EdbzM
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgEXnsR/5BHXO0ZCDrzbFiIlHKEUJDtj+CcEOUyKqr/UahRANC
+AATqbRcwJ5GdwbOoq6zc+pyfdy8qjVmNWkyiL1vmATogUvO5wpbBahphDySW+QoilLnSeKJQLRehQ64xOy0EdbzM
 -----END PRIVATE KEY-----
 """
 PEM_CERTIFICATE = """-----BEGIN CERTIFICATE-----
-MIIBmjCCAUGgAwIBAgIUJUIi28uz8ApqqH7Jysz2V1zFjf4wCgYIKoZIzj0EAwIw
-FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTI2MTEyMjE5MjIwOFoYDzIxMjYxMDI5
-MTkyMjA4WjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
-PQMBBwNCAATqbRcwJ5GdwbOoq6zc+pyfdy8qjVmNWkyiL1vmATogUvO5wpbBahph
-DySW+QoilLnSeKJQLRehQ64xOy0EdbzMo28wbTAdBgNVHQ4EFgQUKo+6HZoLvax1
-aIVBoHQuE7u+E48wHwYDVR0jBBgwFoAUKo+6HZoLvax1aIVBoHQuE7u+E48wDwYD
-VR0TAQH/BAUwAwEB/zAaBgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEwCgYIKoZI
-zj0EAwIDRwAwRAIgBizQ8+JvVItOa2404CrUyMrVo4gqtLMRd325bFtjoy8CIA4G
-evmuo2XGp6Wc9LHq3iU+WBgPBgxeGgoXqtxu4GAk
+MIIBmjCCAUGgAwIBAgIUJUIi28uz8ApqqH7Jysz2V1zFjf4wCgYIKoZIzj0EAwIwFDESMBAGA1UEAwwJbG9jYWxob3N0MCAX
+DTI2MTEyMjE5MjIwOFoYDzIxMjYxMDI5MTkyMjA4WjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAATqbRcwJ5GdwbOoq6zc+pyfdy8qjVmNWkyiL1vmATogUvO5wpbBahphDySW+QoilLnSeKJQLRehQ64xOy0EdbzM
+o28wbTAdBgNVHQ4EFgQUKo+6HZoLvax1aIVBoHQuE7u+E48wHwYDVR0jBBgwFoAUKo+6HZoLvax1aIVBoHQuE7u+E48wDwYD
+VR0TAQH/BAUwAwEB/zAaBgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEwCgYIKoZIzj0EAwIDRwAwRAIgBizQ8+JvVItOa240
+4CrUyMrVo4gqtLMRd325bFtjoy8CIA4Gevmuo2XGp6Wc9LHq3iU+WBgPBgxeGgoXqtxu4GAk
 -----END CERTIFICATE-----
 """
+CIPHER = "AES-128-CBC,00112233445566778899AABBCCDDEEFF"
+ENCRYPTED_KEY = PEM_KEY.replace("-\n", f"-\nProc-Type: 4,ENCRYPTED\nDEK-Info: {CIPHER}\n\n", 1)
 CLIENT_TLS = ssl.create_default_context(cadata=PEM_CERTIFICATE)
 
 
 @contextmanager
-def certificate() -> Iterator[tuple[str, str]]:
+def certificate() -> Iterator[tuple[str, str, ssl.SSLContext]]:
+    """The files of a certificate and its key, and what serves them."""
     with tempfile.TemporaryDirectory() as folder:
         cert, key = Path(folder, "cert.pem"), Path(folder, "key.pem")
         cert.write_text(PEM_CERTIFICATE)
         key.write_text(PEM_KEY)
-        yield str(cert), str(key)
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(cert, key)
+        yield str(cert), str(key), context
 
 
 class Program:
@@ -362,14 +363,15 @@ class Program:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
     async def end(self, number: int | None = None) -> int:
-        """Waits for the end, after a signal if one is given; the exit status."""
+        """Waits for the end, after a signal if one is given; the exit status. No traceback."""
         if number is not None:
             self.process.send_signal(number)
         out, _ = await asyncio.wait_for(self.process.communicate(), PATIENCE)
         self.log.seek(0)
-        self.out, self.err = self.out + out.decode(), self.log.read().decode()
-        assert self.process.returncode is not None
-        return self.process.returncode
+        self.out, self.err = self.out + (out or b"").decode(), self.log.read().decode()
+        reports = self.err.count("out of system resource")  # asyncio's own, with their tracebacks
+        assert self.err.count("Traceback") == reports and "Warning" not in self.err, self.err
+        return self.process.returncode or 0
 
 
 def clean_environment(**variables: str) -> dict[str, str]:
@@ -378,21 +380,23 @@ def clean_environment(**variables: str) -> dict[str, str]:
 
 
 @asynccontextmanager
-async def running(command: list[str], environment: dict[str, str]) -> AsyncIterator[Program]:
+async def running(
+    command: list[str], environment: dict[str, str], shell: str = 'exec "$@"', **how: Any
+) -> AsyncIterator[Program]:
+    """Python runs this, started by a shell. The address is read from its first line; where that
+    is not to be had, the environment has chosen the port."""
+    env = clean_environment(**environment)
     with tempfile.TemporaryFile() as log:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            *command,
-            cwd=HERE,
-            env=clean_environment(**environment),
-            stdout=subprocess.PIPE,
-            stderr=log,
-        )
+        usual: Any = {"cwd": HERE, "env": env, "stdout": subprocess.PIPE, "stderr": log}
+        shell_command = ("sh", "-c", shell, "sh", sys.executable, *command)
+        process = await asyncio.create_subprocess_exec(*shell_command, **usual | how)
         run = Program(process, log)
-        assert process.stdout
         try:
-            run.out = (await asyncio.wait_for(process.stdout.readline(), PATIENCE)).decode()
-            run.url = run.out.rpartition(" ")[2].strip()
+            if process.stdout:
+                line = await asyncio.wait_for(process.stdout.readline(), PATIENCE)
+                run.out = line.decode()
+            chosen = f"http://127.0.0.1:{env['CHATSTREAM_PORT']}"
+            run.url = run.out.rpartition(" ")[2].strip() or chosen
             yield run
         finally:
             if process.returncode is None:
@@ -400,499 +404,323 @@ async def running(command: list[str], environment: dict[str, str]) -> AsyncItera
                 await process.communicate()
 
 
-def program(*arguments: str, **environment: str) -> AbstractAsyncContextManager[Program]:
+def program(*arguments: str, **environment: str) -> Any:
     return running(["chatstream.py", *arguments], environment)
 
 
 # ---- The relay: any framing in, one framing out ------------------------------------------
 
 TEXT = "Grüße 👩‍👩‍👧 你好 \u2028\u2029\x85 data: [DONE]"
-HELLO_CHUNK = json.dumps({"choices": [{"delta": {"content": TEXT}}]}, ensure_ascii=False).encode()
-STOP_CHUNK = b'{"choices":[{"delta":{},"finish_reason":"stop"}]}'
-TAIL = b"data: " + STOP_CHUNK + b"\n\ndata: [DONE]\n\n"
-GOOD = b"data: " + HELLO_CHUNK + b"\n\n" + TAIL
+SAID = json.dumps({"choices": [{"delta": {"content": TEXT}}]}, ensure_ascii=False).encode()
+STOP = b'{"choices":[{"delta":{},"finish_reason":"stop"}]}'
 
 
 def framed(*payloads: bytes) -> bytes:
     return b"".join(b"data: %b\n\n" % payload for payload in payloads)
 
 
-WHOLE = framed(HELLO_CHUNK, STOP_CHUNK, b"[DONE]")
-NO_TEXT = b'{"choices":[{"delta":{"role":"assistant","content":null}}]}'
-EMPTY_FINISH = b'{"choices":[{"delta":{"content":"a"},"finish_reason":""}]}'
-FILTER = b'{"choices":[],"prompt_filter_results":[{"x":1}]}'
-USAGE = b'{"choices":[],"usage":{"total_tokens":3}}'
-LIST_CONTENT = b'{"choices":[{"delta":{"content":[{"type":"thinking","thinking":[]}]}}]}'
-COMPLETION = (
-    b'{"object":"chat.completion","choices":[{"index":0,"message":{"content":"Hi"},'
-    b'"finish_reason":"stop"}]}'
-)
-AS_CHUNK = (
-    b'{"object": "chat.completion.chunk", "choices": [{"index": 0, "finish_reason": "stop", '
-    b'"delta": {"content": "Hi"}}]}'
-)
-
-GOOD_STREAMS = {  # name: (what the upstream sends, what goes out)
-    "LF": (GOOD, WHOLE),
-    "CRLF": (GOOD.replace(b"\n", b"\r\n"), WHOLE),
-    "CR": (GOOD.replace(b"\n", b"\r"), WHOLE),
-    "mixed line ends": (GOOD.replace(b"\n\n", b"\r\n\n", 1), WHOLE),
-    "byte order mark": (b"\xef\xbb\xbf" + GOOD, WHOLE),
-    "no space after the colon (openai-python#559)": (
-        b"\n".join(line.replace(b"data: ", b"data:", 1) for line in GOOD.split(b"\n")),
-        WHOLE,
-    ),
-    "comments (OpenRouter, DeepSeek)": (b": OPENROUTER PROCESSING\n\n:\n\n: ping\n" + GOOD, WHOLE),
-    "id, event and retry lines": (b"id: 7\nretry: 10\nevent: message\n" + GOOD, WHOLE),
-    "unknown fields": (b"foo: bar\nfoo\n" + GOOD, WHOLE),
-    "an event without data": (b"event: ping\n\ndata:\n\ndata\n\n" + GOOD, WHOLE),
-    "payloads that are no chunk": (framed(b"{}", b'{"type":"ping"}') + GOOD, WHOLE),
-    "several data lines": (
-        b'data: {"choices":\ndata: [{"delta":{}}]}\n\n' + TAIL,
-        framed(b'{"choices": [{"delta":{}}]}', STOP_CHUNK, b"[DONE]"),
-    ),
-    "several data lines ended by CRLF": (
-        b'data: {"choices":\r\ndata: [{"delta":{}}]}\r\n\r\n' + TAIL,
-        framed(b'{"choices": [{"delta":{}}]}', STOP_CHUNK, b"[DONE]"),
-    ),
-    "several data lines, twice": (
-        b'data: {"choices":[\ndata: ],"content":"a"}\n\n' * 2 + TAIL,
-        framed(b'{"choices":[ ],"content":"a"}') * 2 + TAIL,
-    ),
-    "white space around": (
-        b"data:   " + STOP_CHUNK + b"\t\n\ndata:  [DONE] \n\n",
-        framed(b"  " + STOP_CHUNK + b"\t", b"[DONE]"),
-    ),
-    "Azure's filter first, usage last": (
-        framed(FILTER, STOP_CHUNK, USAGE, b"[DONE]"),
-        framed(FILTER, STOP_CHUNK, USAGE, b"[DONE]"),
-    ),
-    "null, empty and list contents": (
-        framed(NO_TEXT, EMPTY_FINISH, LIST_CONTENT) + TAIL,
-        framed(NO_TEXT, EMPTY_FINISH, LIST_CONTENT) + TAIL,
-    ),
-    "never a finish_reason, but [DONE]": (
-        framed(EMPTY_FINISH, b"[DONE]"),
-        framed(EMPTY_FINISH, b"[DONE]"),
-    ),
-    "finish_reason, then the end": (GOOD.removesuffix(DONE), WHOLE),
-    "[DONE] without its blank line": (GOOD[:-1], WHOLE),
-    "[DONE] without its newline": (GOOD[:-2], WHOLE),
-    "the last chunk without its newline": (GOOD.removesuffix(b"\n\n" + DONE), WHOLE),
-    "text after [DONE]": (GOOD + framed(HELLO_CHUNK), WHOLE),
-    "a null error beside choices": (
-        framed(b'{"choices":[{}],"error":null}') + TAIL,
-        framed(b'{"choices":[{}],"error":null}') + TAIL,
-    ),
-    "a long comment": (b":" + b"x" * 250_000 + b"\n" + GOOD, WHOLE),
-    "a whole completion as an event": (framed(COMPLETION) + DONE, framed(AS_CHUNK) + DONE),
-}
-
+TAIL = framed(STOP) + DONE
+GOOD = framed(SAID) + TAIL
+COMPLETION = b'{"choices":[{"message":{"content":"Hi"}}]}'
+AS_CHUNK = b'{"choices": [{"delta": {"content": "Hi"}}], "object": "chat.completion.chunk"}'
 LOUD = b'{"error":{"message":"Overloaded","type":"overloaded_error","code":"busy"}}'
-BAD_STREAMS = {  # name: (what the upstream sends, the error's code and message)
-    "an error object": (framed(LOUD), "busy", "Overloaded"),
-    "an error text (LM Studio)": (framed(b'{"error":"Oh no"}'), "upstream_error", "Oh no"),
-    "object: error (vLLM)": (
-        framed(b'{"object":"error","message":"Oh no","code":400}'),
-        "upstream_error",
-        "Oh no",
-    ),
-    "an error beside a message": (
-        framed(b'{"error":{"message":"In"},"message":"Out"}'),
-        "upstream_error",
-        "In",
-    ),
-    "an error beside choices": (
-        framed(b'{"choices":[{}],"error":{"message":"Oh no"}}'),
-        "upstream_error",
-        "Oh no",
-    ),
-    "event: error": (b"event: error\n" + framed(LOUD), "busy", "Overloaded"),
-    "event: error with a bare message": (
-        b'event: error\ndata: {"message":"Oh no"}\n\n',
-        "upstream_error",
-        "Oh no",
-    ),
-    "event: error that is no JSON": (b"event: error\ndata: Oh no\n\n", "upstream_error", "failed"),
-    "error: as a field (llama.cpp)": (
-        b'error: {"code":400,"message":"Oh no"}\n\n' + DONE,
-        "upstream_error",
-        "Oh no",
-    ),
-    "no JSON": (framed(b"nonsense"), "upstream_invalid", ""),
-    "a JSON list": (framed(b"[1]"), "upstream_invalid", ""),
-    "two JSON objects": (framed(b"{}{}"), "upstream_invalid", ""),
-    "NaN": (framed(b'{"choices":[NaN]}'), "upstream_invalid", ""),
-    "bad UTF-8": (framed(b'{"choices":["\xff"]}'), "upstream_invalid", ""),
-    "deep nesting": (framed(b"[" * 100_000), "upstream_invalid", ""),
-    "a newline inside a JSON string": (
-        b'data: {"choices":[{"x":"a\ndata: b"}]}\n\n',
-        "upstream_invalid",
-        "",
-    ),
-    "two bad ones that complete each other": (
-        framed(b'{"choices":[]},{"choices":[{}', b"{}]}"),
-        "upstream_invalid",
-        "",
-    ),
-    "too large an event": (framed(b'{"choices":["%b"]}' % (b"x" * 200_000)), "event_too_large", ""),
-    "too long a line": (b"data:" + b"x" * 200_000, "event_too_large", ""),
-    "empty lines without end": (b"data:\n" * 200_000, "event_too_large", ""),
-    "too many lines": (b"data: x\n" * 200_000, "event_too_large", ""),
-    "nothing": (b"", "empty_stream", ""),
-    "comments alone": (b": ping\n\n" * 3, "empty_stream", ""),
-    "nothing but [DONE]": (DONE, "empty_stream", ""),
-    "no event stream": (b"Hello, world\n", "upstream_invalid", ""),
-    "JSON without data: (a stray line)": (b'{"choices":3}', "upstream_invalid", ""),
-    "an end inside a payload": (b'data: {"choices":[{', "stream_truncated", ""),
+
+# fmt: off
+GOOD_STREAMS = {  # name: what the upstream sends, and what goes out if it is not GOOD
+    "LF": [GOOD], "CRLF": [GOOD.replace(b"\n", b"\r\n")], "CR": [GOOD.replace(b"\n", b"\r")],
+    "byte order mark": [b"\xef\xbb\xbf" + GOOD],
+    "no space after the colon (openai-python#559)": [re.sub(b"(?m)^data: ", b"data:", GOOD)],
+    "comments (OpenRouter)": [b": OPENROUTER PROCESSING\n\n:\n\n" + GOOD],
+    "a comment longer than an event may be": [b":" + b"x" * 250_000 + b"\n" + GOOD],
+    "other fields": [b"id: 7\nretry: 10\nevent: message\nfoo: bar\nfoo\n" + GOOD],
+    "an event without data": [b"event: ping\n\ndata:\n\ndata\n\n" + GOOD],
+    "payloads that are no chunk": [framed(b"{}", b'{"type":"ping"}') + GOOD],
+    "several data lines": [
+        b'data: {"choices":\r\ndata: [{}]}\r\n\r\n' * 2 + TAIL,
+        framed(b'{"choices": [{}]}') * 2 + TAIL],
+    "white space around": [framed(b" %b\t" % STOP, b" [DONE] "), framed(b" %b\t" % STOP) + DONE],
+    "finish_reason, then the end": [GOOD.removesuffix(DONE)],
+    "[DONE] without its newline": [GOOD[:-2]],
+    "the last chunk without its newline": [GOOD.removesuffix(b"\n\n" + DONE)],
+    "text after [DONE]": [GOOD + framed(SAID)],
+    "a whole completion as an event": [framed(COMPLETION) + DONE, framed(AS_CHUNK) + DONE],
+} | {name: [framed(payload) + DONE] * 2 for name, payload in {
+    "an empty finish_reason, but [DONE]": b'{"choices":[{"delta":{},"finish_reason":""}]}',
+    "Azure's filter": b'{"choices":[],"prompt_filter_results":[{"x":1}]}',
+    "nulls": b'{"choices":[{"delta":{"role":"assistant","content":null}}],"error":null}',
+}.items()}
+BAD_STREAMS: dict[str, dict[str, bytes]] = {  # code and message: by name, what the upstream sends
+    "busy Overloaded": {
+        "an error object": framed(LOUD), "event: error": b"event: error\n" + framed(LOUD)},
+    "upstream_error Ouch": {
+        "a text (LM Studio)": framed(b'{"error":"Ouch"}'),
+        "object: error (vLLM)": framed(b'{"object":"error","message":"Ouch","code":400}'),
+        "an error beside a message": framed(b'{"error":{"message":"Ouch"},"message":"Out"}'),
+        "an error beside choices": framed(b'{"choices":[{}],"error":{"message":"Ouch"}}'),
+        "event: error with a bare message": b'event: error\ndata: {"message":"Ouch"}\n\n',
+        "error: as a field (llama.cpp)": b'error: {"code":400,"message":"Ouch"}\n\n' + DONE},
+    "upstream_error failed": {"event: error that is no JSON": b"event: error\ndata: Ouch\n\n"},
+    "stream_truncated": {"an end inside a payload": b'data: {"choices":[{'},
+    "empty_stream": {
+        "nothing": b"", "comments alone": b": ping\n\n" * 3, "nothing but [DONE]": DONE},
+    "event_too_large": {
+        "a long event": framed(b'{"choices":["%b"]}' % (b"x" * 200_000)),
+        "a long line": b"data:" + b"x" * 200_000, "lines without end": b"data:\n" * 200_000},
+    "upstream_invalid": {
+        "no event stream": b"Hello, world\n", "a stray line of JSON": b'{"choices":3}',
+        "no JSON": framed(b"nonsense"), "a list": framed(b"[1]"), "two objects": framed(b"{}{}"),
+        "NaN": framed(b'{"choices":[NaN]}'), "bad UTF-8": framed(b'{"choices":["\xff"]}'),
+        "an integer of 5,000 digits": framed(b'{"choices":[],"n":%b}' % (b"1" * 5000)),
+        "deep nesting": framed(b"[" * 100_000),
+        "a newline inside a JSON string": b'data: {"choices":[{"x":"a\ndata: b"}]}\n\n',
+        "two bad ones that complete each other": framed(b'{"choices":[]},{"choices":[{}', b"{}]}")},
 }
-MANY_BYTES = 100_000  # longer ones are not fed byte by byte
+# fmt: on
 
 
-def splits(body: bytes) -> Iterator[list[int]]:
-    """Whole; byte by byte; cut in two at each offset: inside UTF-8 and inside CRLF too."""
-    yield []
-    yield [len(body) // 2]
-    if len(body) < MANY_BYTES:
-        yield list(range(1, len(body)))
-        yield from ([offset] for offset in range(1, len(body)))
-
-
-class Quirks(unittest.TestCase):
+class Framing(unittest.TestCase):
     """What upstreams really send (the sources stand in the names), cut in every way."""
+
+    def splits(self, body: bytes) -> Iterator[list[int]]:
+        """Whole; halved; if short in single bytes, and in two at each: in UTF-8 and CRLF too."""
+        yield from ([], [len(body) // 2])
+        if len(body) < 4000:
+            yield list(range(1, len(body)))
+            yield from ([offset] for offset in range(1, len(body)))
 
     def feed(self, body: bytes, cuts: list[int], cut: bool = False) -> tuple[bytes, Relay]:
         relay, out = Relay(chatstream.EventParser(100_000)), b""
-        bounds = [0, *cuts, len(body)]
-        for start, end in itertools.pairwise(bounds):
+        for start, end in itertools.pairwise([0, *cuts, len(body)]):
             if start < end and not (relay.done or relay.failure):
                 out += relay.feed(body[start:end])
-        if not (relay.done or relay.failure):
-            out += relay.close(cut)
-        return out, relay
+        return out + (b"" if relay.done or relay.failure else relay.close(cut)), relay
+
+    def fails(
+        self, code: str, body: bytes, cuts: list[int], cut: bool = False
+    ) -> tuple[bytes, str]:
+        """It ends so, and not as a whole answer; what went out, and the message."""
+        out, relay = self.feed(body, cuts, cut)
+        assert relay.failure
+        self.assertEqual((relay.failure.code, relay.done), (code, False))
+        return out, relay.failure.message
 
     def test_good_streams(self) -> None:
-        """Whatever the framing, out goes `data: PAYLOAD`, byte for byte, then [DONE]."""
-        for name, (body, expected) in GOOD_STREAMS.items():
-            for cuts in splits(body):
+        """Whatever the framing, out goes `data: PAYLOAD`, byte for byte, then [DONE]; each event
+        the moment its last byte is in, not when the next one comes."""
+        for end in (b"\n\n", b"\r\n\r", b"\r\r"):
+            self.assertEqual(
+                Relay(chatstream.EventParser(99)).feed(b'data: {"choices":[]}' + end), framed(b'{"choices":[]}')
+            )
+        for name, (body, *expected) in GOOD_STREAMS.items():
+            for cuts in self.splits(body):
                 with self.subTest(name, cuts=cuts[:1]):
                     out, relay = self.feed(body, cuts)
-                    self.assertEqual(out, expected)
-                    self.assertTrue(relay.done)
-                    self.assertIsNone(relay.failure)
+                    self.assertEqual(out, expected[0] if expected else GOOD)
+                    self.assertEqual((relay.done, relay.failure), (True, None))
 
     def test_bad_streams(self) -> None:
-        """Whatever the dialect of the error, it is told, and what came before it goes out."""
-        for name, (body, code, message) in BAD_STREAMS.items():
-            good = framed(HELLO_CHUNK) if code != "empty_stream" else b""
-            for cuts in splits(good + body):
-                with self.subTest(name, cuts=cuts[:1]):
-                    out, relay = self.feed(good + body, cuts)
-                    self.assertEqual(out, good)
-                    self.assertFalse(relay.done)
-                    assert relay.failure
-                    stray = code == "upstream_invalid" and body[:1] in (b"H", b"{")
-                    self.assertEqual(relay.failure.code, "stream_truncated" if stray else code)
-                    self.assertIn(message, relay.failure.message)
-
-    def test_alone(self) -> None:
-        """The same errors, when nothing came before them."""
-        for name, (body, code, _) in BAD_STREAMS.items():
+        """Whatever the dialect of the error, it is told, alone or after part of an answer."""
+        rows = [(end, *row) for end, rows in BAD_STREAMS.items() for row in rows.items()]
+        for ending, name, body in rows:
             with self.subTest(name):
-                out, relay = self.feed(body, [])
-                self.assertEqual((out, relay.failure and relay.failure.code), (b"", code))
+                code, _, message = ending.partition(" ")
+                self.assertEqual(self.fails(code, body, [])[0], b"")
+                good = b"" if code == "empty_stream" else framed(SAID)
+                if code == "upstream_invalid" and not body.startswith(b"data"):
+                    code = "stream_truncated"
+                for cuts in self.splits(good + body):
+                    out, told = self.fails(code, good + body, cuts)
+                    self.assertEqual(out, good)
+                    self.assertIn(message, told)
 
     def test_truncation_at_every_byte(self) -> None:
-        """An answer that ends anywhere before its finish_reason is never a whole one."""
-        for length in range(len(framed(HELLO_CHUNK)), GOOD.index(STOP_CHUNK) + len(STOP_CHUNK) - 1):
-            for cut in (True, False):
-                _, relay = self.feed(GOOD[:length], [], cut)
-                self.assertEqual(relay.failure and relay.failure.code, "stream_truncated")
+        """An answer that ends before its finish_reason is never a whole one; one whose
+        connection breaks needs its [DONE], too."""
+        for length in range(len(framed(SAID)), len(GOOD)):
+            self.fails("stream_truncated", GOOD[:length], [], cut=True)
+            if length < GOOD.index(STOP) + len(STOP):
+                self.fails("stream_truncated", GOOD[:length], [])
 
     def test_long_event_in_small_pieces(self) -> None:
         """An event just within the limit passes, and costs time in proportion to its length."""
         payload = b'{"choices":["%b"]}' % (b"x" * (100_000 - len(b'{"choices":[""]}')))
         out, relay = self.feed(framed(payload) + TAIL, list(range(1, 100_000)))
-        self.assertTrue(relay.done)
-        self.assertTrue(out.startswith(framed(payload)))
-        _, relay = self.feed(framed(payload[:-3] + b'x"]}'), [])
-        self.assertEqual(relay.failure and relay.failure.code, "event_too_large")
+        self.assertEqual((out, relay.done), (framed(payload) + TAIL, True))
+        self.fails("event_too_large", framed(payload[:-3] + b'x"]}'), [])
 
 
 class Transcripts(Case):
-    """What servers that nobody here wrote really sent, through the whole of chatstream."""
-
     async def test_replay(self) -> None:
-        """Each of them ends as its text says: whole, or with the error that it is."""
+        """What servers that nobody here wrote really sent ends, through the whole of chatstream,
+        as its text says: whole, or with the error that it is."""
         folder = os.environ.get("CHATSTREAM_TRANSCRIPTS", "")
         if not folder:
             self.skipTest("CHATSTREAM_TRANSCRIPTS names no folder of transcripts")
-        for path in sorted(Path(folder).glob("*.sse")):
-            head, _, body = path.read_bytes().partition(b"\r\n\r\n")
-            status = int(head[9:12] or 0)
-            kind = b"".join(re.findall(rb"(?im)^content-type: ([^\r\n]+)", head)).decode()
+        paths = sorted(Path(folder).glob("*.sse"))
+        self.assertTrue(paths, f"no transcripts in {folder}")
+        for path in paths:
             with self.subTest(path.stem):
-                answer = await self.ask_through(
-                    sends(body, status=status or 502, content_type=kind)
-                )
-                self.judge(answer, status, body)
+                head, _, body = path.read_bytes().partition(b"\r\n\r\n")
+                status = int(head[9:12] or 502)
+                kind = b"".join(re.findall(rb"(?im)^content-type: ([^\r\n]+)", head)).decode()
+                reply = sends(body, status=status, content_type=kind)
+                self.judge(await self.ask_through(reply), status, body)
 
     def judge(self, answer: Answer, status: int, body: bytes) -> None:
-        if status in (401, 403) or status >= 500 or not status:
-            self.assertEqual(answer.status, 502)
-        elif status >= 400:
-            self.assertEqual(answer.status, status)
-            said = json.loads(body)
-            said = said["error"] if isinstance(said["error"], dict) else said
-            self.assertEqual(answer.error["message"], said["message"][:500])
+        *payloads, last = re.findall(rb"(?m)^data: (.*)\n", body) or [b""]
+        is_whole = last == b"[DONE]" and all(re.fullmatch(rb"\{.*\}", each) for each in payloads)
+        if status >= 400:
+            is_ours = status in (401, 403) or status >= 500
+            self.assertEqual(answer.status, 502 if is_ours else status)
+            self.assertTrue(is_ours or answer.error["message"].encode() in body)
         elif b'"chat.completion"' in body:
             self.assertEqual(answer.payloads[-1], b"[DONE]")
-        elif b"data: [DONE]" in body and b'"error"' not in body and b"$\n" not in body:
-            sent = [line[6:] for line in body.split(b"\n") if line.startswith(b"data: ")]
-            good = list(itertools.takewhile(is_json, sent))
-            self.assertEqual(answer.payloads[: len(good)], good)
-            if len(good) == len(sent) - 1:
-                self.assertEqual(answer.payloads, sent)
-            else:
-                self.assertEqual(answer.error["code"], "upstream_invalid")
+        elif is_whole and b'"error"' not in body:
+            self.assertEqual(answer.payloads, [*payloads, last])
         else:
             self.assertNotIn(b"[DONE]", answer.body)
-            self.assertEqual(answer.error["type"], answer.error["type"])
-
-
-def is_json(data: bytes) -> bool:
-    try:
-        return isinstance(json.loads(data), dict)
-    except ValueError:
-        return False
+            self.assertTrue(answer.error["code"])
 
 
 # ---- An honest status --------------------------------------------------------------------
 
 
-def fails(
-    status: int, body: bytes, content_type: str = "application/json", **headers: str
-) -> Reply:
+def resets(data: bytes) -> Reply:
+    """A reply of these bytes, as they are, and then a reset."""
+
     async def reply(call: Call) -> None:
-        await call.start(status, content_type, **headers)
-        await call.send(body)
+        await call.raw(data)
+        await asyncio.sleep(0.02)
+        await call.cut()
 
     return reply
 
 
-LEAKY = "Key sk-secret at http://10.1.2.3:80/x and /home/me/app.py failed"
-REFUSALS = {  # name: (the upstream's answer, then status, code, type, part of the message here)
-    "400 (llama.cpp)": (
-        fails(400, b'{"error":{"code":400,"message":"Too long","type":"exceed_context"}}'),
-        (400, "upstream_rejected", "exceed_context", "Too long"),
-    ),
-    "422 (FastAPI)": (
-        fails(422, b'{"detail":"Bad thing"}'),
-        (422, "upstream_rejected", "invalid_request_error", "Bad thing"),
-    ),
-    "404 with a code": (
-        fails(404, b'{"error":{"message":"No","code":"model_not_found","param":"model"}}'),
-        (404, "model_not_found", "invalid_request_error", "No"),
-    ),
-    "400 in a list (Gemini)": (
-        fails(400, b'[{"error":{"code":400,"message":"Bad","status":"X"}}]'),
-        (400, "upstream_rejected", "invalid_request_error", "Bad"),
-    ),
-    "429 as a text (Scaleway)": (
-        fails(429, b'{"error":"INSUFFICIENT QUOTA"}'),
-        (429, "upstream_rejected", "rate_limit_error", "INSUFFICIENT QUOTA"),
-    ),
-    "429 out of credit": (
-        fails(429, b'{"error":{"message":"Pay","code":"insufficient_quota"}}'),
-        (429, "insufficient_quota", "rate_limit_error", "Pay"),
-    ),
-    "404 in HTML": (
-        fails(404, b"<html>nginx</html>", "text/html"),
-        (404, "upstream_rejected", "invalid_request_error", "refused"),
-    ),
-    "a message in HTML": (
-        fails(400, b'{"error":{"message":"<html><body>x"}}'),
-        (400, "upstream_rejected", "invalid_request_error", "refused"),
-    ),
-    "a traceback": (
-        fails(400, b'{"error":"Traceback (most recent call last): x"}'),
-        (400, "upstream_rejected", "invalid_request_error", "refused"),
-    ),
-    "a message that is no text": (
-        fails(400, b'{"error":{"message":{"a":1},"type":7,"code":[]}}'),
-        (400, "upstream_rejected", "invalid_request_error", "refused"),
-    ),
-    "secrets in the message": (
-        fails(400, json.dumps({"error": {"message": LEAKY}}).encode()),
-        (
-            400,
-            "upstream_rejected",
-            "invalid_request_error",
-            "Key *** at http://10.1.2.3:80/x and /home/me/app.py failed",
-        ),
-    ),
-    "a very long message": (
-        fails(400, json.dumps({"error": "y" * 5000}).encode()),
-        (400, "upstream_rejected", "invalid_request_error", "y" * 500),
-    ),
-    "401": (fails(401, b"{}"), (502, "upstream_auth", "upstream_error", "key")),
-    "403": (fails(403, b"{}"), (502, "upstream_auth", "upstream_error", "key")),
-    "500": (fails(500, b'{"error":"x"}'), (502, "upstream_error", "upstream_error", "failed")),
-    "524": (fails(524, b"<html>"), (502, "upstream_error", "upstream_error", "failed")),
-    "a redirect": (
-        fails(307, b"", location="http://127.0.0.1:9/"),
-        (502, "upstream_error", "upstream_error", "failed"),
-    ),
-    "an HTML page": (
-        fails(200, b"<html>", "text/html"),
-        (502, "upstream_error", "upstream_error", "failed"),
-    ),
-    "another type": (
-        fails(200, b"hello", "text/plain"),
-        (502, "upstream_invalid", "upstream_error", "cannot be read"),
-    ),
-    "200 with an error": (fails(200, LOUD), (502, "busy", "overloaded_error", "Overloaded")),
-    "200 with bad JSON": (fails(200, b"{bad"), (502, "upstream_invalid", "upstream_error", "")),
-    "200 with nothing": (sends(), (502, "empty_stream", "upstream_error", "empty")),
-    "an error as the first event": (
-        sends(framed(LOUD)),
-        (502, "busy", "overloaded_error", "Overloaded"),
-    ),
-    "half a payload": (sends(b'data: {"cho'), (502, "stream_truncated", "upstream_error", "broke")),
+async def comments(call: Call) -> None:
+    await call.start()
+    while True:
+        await call.send(b": ping\n\n")
+        await asyncio.sleep(0.02)
+
+
+async def its_address(call: Call) -> None:
+    await fails(400, b'{"error":"see %b"}' % call.headers["host"].encode())(call)
+
+
+OPEN = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"  # its body ends with it
+LEAK = b'{"error":"Key sk-secret-1 of x at /v1: in 10.24 s"}'
+NO_TEXTS = b'{"error":{"message":{},"type":7,"code":[]}}'
+LISTED = b'{"detail":[{"loc":["body"],"msg":"Field required"}]}'
+# fmt: off
+FAULTS: dict[str, Any] = {
+    # what the upstream does: (reply, "status code [outcome]" here, part of the message[, type])
+    "400 (llama.cpp)": (fails(400, LOUD), "400 busy", "Overloaded", "overloaded_error"),
+    "400 in a list (Gemini)": (fails(400, b"[%b]" % LOUD), "400 busy", "Over", "overloaded_error"),
+    "a code of ours": (fails(400, b'{"error":{"code":"empty_stream"}}'), "400 empty_stream", ""),
+    "422 (FastAPI)": (fails(422, b'{"detail":"Bad"}'), "422 upstream_rejected", "Bad"),
+    "422 in a list (FastAPI)": (fails(422, LISTED), "422 upstream_rejected", "Field required"),
+    "429 as a text (Scaleway)": (fails(429, b'{"error":"No"}'), "429 upstream_rejected", "No"),
+    "404 in HTML": (fails(404, b"<html>"), "404 upstream_rejected", "refused"),
+    "HTML in JSON": (fails(400, b'{"error":"<html>x"}'), "400 upstream_rejected", "refused"),
+    "no texts": (fails(400, NO_TEXTS), "400 upstream_rejected", "refused"),
+    "a secret": (fails(400, LEAK), "400 upstream_rejected", "Key *** of x at /v1: in 10.24 s"),
+    "its address": (its_address, "400 upstream_rejected", "see ***"),
+    "a novel": (fails(400, b'{"error":"%b"}' % (b"y" * 999)), "400 upstream_rejected", "y" * 500),
+    "401": (fails(401, b'{"error":"x"}'), "502 upstream_auth", "key"),
+    "403": (fails(403, b'{"error":"x"}'), "502 upstream_auth", "key"),
+    "500": (fails(500, b'{"error":"x"}'), "502 upstream_error", "failed"),
+    "a redirect, to itself": (fails(307, b"", location="/"), "502 upstream_error", "failed"),
+    "a page": (sends(b"<html>", content_type="text/html"), "502 upstream_error", "failed"),
+    "a text": (sends(b"Hi", content_type="text/plain"), "502 upstream_invalid", "be read"),
+    "200 with an error": (fails(200, LOUD), "502 busy", "Overloaded", "overloaded_error"),
+    "200 with bad JSON": (fails(200, b"{"), "502 upstream_invalid", "be read"),
+    "nothing": (sends(), "502 empty_stream", "empty"),
+    "too much": (sends(b"data: %b" % (b"x" * 50_000)), "502 event_too_large", "too large"),
+    "an error": (sends(framed(LOUD)), "502 busy", "Overloaded", "overloaded_error"),
+    "an error later": (sends(framed(SAID, LOUD) + DONE), "200 busy", "Over", "overloaded_error"),
+    "half a payload": (sends(b'data: {"cho'), "502 stream_truncated truncated", "broke off"),
+    "half an answer": (sends(framed(SAID)), "200 stream_truncated truncated", "broke off"),
+    "a reset later": (resets(OPEN + framed(SAID)), "200 stream_truncated truncated", "broke"),
+    "a reset": (resets(b""), "502 upstream_unreachable", "be reached"),
+    "half a head": (resets(OPEN[:30]), "502 upstream_unreachable", "be reached"),
+    "no HTTP": (resets(b"SSH-2.0-OpenSSH_9.2\r\n\r\n"), "502 upstream_invalid", "be read"),
+    "silence": (silent, "504 upstream_timeout timeout", "in time"),
+    "silence but for comments": (comments, "504 upstream_timeout timeout", "in time"),
+    "silence in mid-stream": (stalls, "200 upstream_timeout timeout", "in time"),
 }
-
-
-async def dies(call: Call) -> None:
-    await call.cut()
-
-
-async def half_a_head(call: Call) -> None:
-    await call.raw(b"HTTP/1.1 200 OK\r\nContent-")
-    call.transport.close()
-
-
-async def half_a_head_and_reset(call: Call) -> None:
-    await call.raw(b"H")
-    await asyncio.sleep(0.05)
-    await call.cut()
+# fmt: on
+TYPES = {429: "rate_limit_error"} | dict.fromkeys((200, 502, 504), "upstream_error")
 
 
 class Status(Case):
-    async def test_before_the_first_event(self) -> None:
-        """What fails before the first event has a real status, and a message for people."""
-        for name, (reply, (status, code, kind, message)) in REFUSALS.items():
-            with self.subTest(name):
-                answer = await self.ask_through(reply, api_key="sk-secret")
-                self.assertEqual(answer.status, status)
-                error = answer.error
-                self.assertEqual((error["code"], error["type"]), (code, kind))
-                self.assertIn(message, error["message"])
-                self.assertLessEqual(len(error["message"]), 500)
-                self.assertEqual(error["request_id"], answer.headers["X-Request-Id"])
-                self.assertEqual(list(error), ["message", "type", "param", "code", "request_id"])
-                self.assertNotIn(b"sk-secret", answer.body)
-
-    async def test_in_one_piece(self) -> None:
-        """A whole completion in JSON goes out as one chunk and [DONE]; other JSON does not."""
-        for body, sent in {
-            COMPLETION: [AS_CHUNK, b"[DONE]"],
-            b'\xef\xbb\xbf\r\n{"choices":[\r\n{"message":{}}]\r\n}': [
-                b'{"choices": [{"delta": {}}], "object": "chat.completion.chunk"}',
-                b"[DONE]",
-            ],
-            b'{"choices":[{"delta":{"content":"a"}},{"message":{"content":"b"}}]}': [
-                b'{"choices": [{"delta": {"content": "a"}}, {"delta": {"content": "b"}}], '
-                b'"object": "chat.completion.chunk"}',
-                b"[DONE]",
-            ],
-        }.items():
-            answer = await self.ask_through(sends(body, content_type="application/json"))
-            self.assertEqual(answer.payloads, sent)
-        answer = await self.ask_through(sends(b'{"choices":3}', content_type="application/json"))
-        self.assertEqual(answer.error["code"], "upstream_invalid")
-
-    async def test_kept(self) -> None:
-        """Of another 4xx the param, Retry-After and the rate limits are passed on."""
-        body = b'{"error":{"message":"No","param":"n"}}'
-        reply = fails(429, body, retry_after="7", x_ratelimit_limit="60", set_cookie="a=b")
-        answer = await self.ask_through(reply)
-        self.assertEqual(answer.error["param"], "n")
-        self.assertEqual(answer.headers["Retry-After"], "7")
-        self.assertEqual(answer.headers["x-ratelimit-limit"], "60")
-        self.assertNotIn("Set-Cookie", answer.headers)
-
-    async def test_in_band(self) -> None:
-        """After the first event it is an event, the last one, without [DONE]."""
-        answer = await self.ask_through(sends(framed(HELLO_CHUNK), framed(LOUD), DONE))
-        self.assertEqual(answer.status, 200)
-        self.assertEqual(answer.payloads[0], HELLO_CHUNK)
-        self.assertEqual(answer.error["code"], "busy")
-        self.assertEqual(answer.error["request_id"], answer.headers["X-Request-Id"])
-        self.assertEqual(len(answer.payloads), 2)
+    async def test_faults(self) -> None:
+        """What fails before the first event has a real status; what fails later is the last
+        event, without [DONE]. It has a code, and a message for people, without secrets; it is
+        counted once, under who is to blame; and nothing is asked twice."""
+        settings = {"api_key": "sk-secret-1", "token": "x", "max_event_bytes": 10_000}
+        counted: dict[str, float] = {}
+        async with upstream(silent) as up, serving(up, idle_seconds=0.2, **settings) as url:
+            for name, (up.reply, ending, message, *kind) in FAULTS.items():
+                status, code, outcome = (*ending.split(), "upstream_error")[:3]
+                counted[outcome] = counted.get(outcome, 0) + 1
+                with self.subTest(name):
+                    answer = await self.ask(url, Authorization="Bearer x")
+                    error = answer.error
+                    self.assertEqual((answer.status, error["code"]), (int(status), code))
+                    usual = TYPES.get(answer.status, "invalid_request_error")
+                    self.assertEqual(error["type"], kind[0] if kind else usual)
+                    self.assertIn(message, error["message"])
+                    self.assertLessEqual(len(error["message"]), 500)
+                    self.assertEqual(error["request_id"], answer.headers["X-Request-Id"])
+                    self.assertEqual(len(error), 5)
+                    if status == "200":
+                        self.assertEqual(len(answer.payloads), 2)
+            self.assertEqual(await self.outcomes(url), counted)
+            self.assertEqual(len(up.calls), len(FAULTS))
 
     async def test_unreachable(self) -> None:
-        """No upstream, or one that hangs up before a byte: 502 upstream_unreachable."""
-        async with serving(base_url="http://127.0.0.1:1/v1") as url:
+        """Nobody there, or a certificate that nobody vouches for: 502; not there in time: 504."""
+        async with serving() as url:
             self.assertEqual((await self.ask(url)).error["code"], "upstream_unreachable")
-        for reply in (dies, half_a_head):
-            answer = await self.ask_through(reply)
-            self.assertEqual((answer.status, answer.error["code"]), (502, "upstream_unreachable"))
+        with certificate() as (_, _, context):
+            async with upstream(says("Hi"), context) as up, serving(up) as url:
+                self.assertEqual((await self.ask(url)).error["code"], "upstream_unreachable")
+                self.assertEqual(up.calls, [])
+        self.loop_errors.clear()  # of the upstream's side of the handshake
+        with socket.socket() as full, socket.socket() as first, socket.socket() as second:
+            full.bind(("127.0.0.1", 0))
+            full.listen(0)  # a listener whose queue is full answers no SYN
+            for each in (first, second):
+                each.setblocking(False)
+                each.connect_ex(full.getsockname())
+            base = f"http://127.0.0.1:{full.getsockname()[1]}/v1"
+            async with serving(base_url=base, connect_seconds=0.3) as url:
+                answer = await self.ask(url)
+        self.assertEqual((answer.status, answer.error["code"]), (504, "upstream_timeout"))
 
-    async def test_cut(self) -> None:
-        """A connection that dies in mid-stream is told, with the part kept."""
+    async def test_in_one_piece(self) -> None:
+        """A whole completion in JSON goes out as one chunk and [DONE]."""
+        mixed = b'\xef\xbb\xbf\r\n{"choices":[{"delta":{}},\r\n{"message":{}}]\r\n}'
+        sent = b'{"choices": [{"delta": {}}, {"delta": {}}], "object": "chat.completion.chunk"}'
+        self.assertEqual((await self.ask_through(fails(200, mixed))).payloads, [sent, b"[DONE]"])
 
-        async def reply(call: Call) -> None:
-            await call.start()
-            await call.send(framed(HELLO_CHUNK))
-            await asyncio.sleep(0.05)
-            await call.cut()
-
-        answer = await self.ask_through(reply)
-        self.assertEqual(answer.payloads[0], HELLO_CHUNK)
-        self.assertEqual(answer.error["code"], "stream_truncated")
-
-    async def test_first_event_goes_out_at_once(self) -> None:
-        """Each event goes out the moment its last byte is in, not when the next one comes."""
-        go = asyncio.Event()
-
-        async def reply(call: Call) -> None:
-            await call.start()
-            await call.send(b'data: {"choices":[]}\r')
-            await call.send(b"\r")
-            await go.wait()
-
-        async with upstream(reply) as up, serving(up) as url, self.post(url) as response:
-            data = await response.content.readuntil(b"\n\n")
-            self.assertEqual(data, b'data: {"choices":[]}\n\n')
-            go.set()
+    async def test_kept(self) -> None:
+        """Of another 4xx the param, Retry-After and rate limits in ASCII are passed on."""
+        head = (
+            b"HTTP/1.1 429 X\r\nRetry-After: 7\r\nX-RateLimit-Limit: 60\r\nX-RateLimit-X: \xff\r\n"
+        )
+        head += b"Set-Cookie: a=b\r\nContent-Length: 23\r\n\r\n"
+        answer = await self.ask_through(resets(head + b'{"error":{"param":"n"}}'))
+        self.assertEqual((answer.status, answer.error["param"]), (429, "n"))
+        self.has(answer.headers, retry_after="7", x_ratelimit_limit="60")
+        self.assertFalse({"X-RateLimit-X", "Set-Cookie"} & set(answer.headers))
 
     async def test_heartbeats(self) -> None:
-        """A silent stream gets comments, and its status is 200 from then on."""
-
-        async def reply(call: Call) -> None:
-            await asyncio.sleep(0.25)
-            await call.start(500)
-
-        answer = await self.ask_through(reply, heartbeat_seconds=0.1)
-        self.assertEqual(answer.status, 200)
-        self.assertTrue(answer.body.startswith(b": keep-alive\n\n: keep-alive\n\n"))
-        self.assertLess(answer.body.count(b": keep-alive"), 4, "one a heartbeat, not one a look")
-        self.assertEqual(answer.error["code"], "upstream_error")
-
-    async def test_headers(self) -> None:
-        """Streams carry what keeps proxies from holding them back; no banner; an id."""
-        async with upstream(says("Hi")) as up, serving(up) as url:
-            answer = await self.ask(url, X_Request_Id="abc.1-2_3")
-            self.assertEqual(answer.headers["Content-Type"], "text/event-stream; charset=utf-8")
-            self.assertEqual(answer.headers["Cache-Control"], "no-cache, no-transform")
-            self.assertEqual(answer.headers["X-Accel-Buffering"], "no")
-            self.assertEqual(answer.headers["X-Content-Type-Options"], "nosniff")
-            self.assertEqual(answer.headers["X-Request-Id"], "abc.1-2_3")
-            self.assertEqual(answer.headers["Server"], "chatstream")
-            for bad in ("a b", "x" * 129, "<b>", ""):
-                self.assertNotEqual(
-                    (await self.ask(url, X_Request_Id=bad)).headers["X-Request-Id"], bad
-                )
+        """A silent stream gets a comment every so often, and its status is 200 from then on."""
+        answer = await self.ask_through(silent, heartbeat_seconds=0.2, idle_seconds=0.5)
+        self.assertEqual((answer.status, answer.error["code"]), (200, "upstream_timeout"))
+        beats = answer.body.count(b": keep-alive\n\n")
+        self.assertIn(beats, (1, 2, 3), "one a heartbeat, not one a look")
 
 
 # ---- What the upstream is asked ----------------------------------------------------------
@@ -900,1324 +728,760 @@ class Status(Case):
 
 class Asking(Case):
     async def test_request(self) -> None:
-        """The upstream gets the key, the request id and the body; nothing else of the client."""
-        async with upstream(says("Hi")) as up, serving(up, api_key="sk-1") as url:
-            body = HELLO | {"model": None, "temperature": 0.5, "next_year": {"x": [1]}}
-            await self.ask(url, body, Cookie="a=b", X_Request_Id="i", Authorization="Bearer no")
-            call = up.calls[0]
-        self.assertEqual(call.request_line, "POST /v1/chat/completions HTTP/1.1")
-        self.assertEqual(call.body, body | {"model": "m", "stream": True})
-        self.assertEqual(call.headers["authorization"], "Bearer sk-1")
-        self.assertEqual(call.headers["accept"], "text/event-stream")
-        self.assertEqual(call.headers["accept-encoding"], "identity")
-        self.assertEqual(call.headers["x-request-id"], "i")
-        self.assertNotIn("cookie", call.headers)
-
-    async def test_without_a_key(self) -> None:
-        """No key: no Authorization header. And no cookie of an upstream is kept."""
-        async with upstream(fails(200, LOUD, set_cookie="a=b")) as up:
-            up.url = up.url.replace("127.0.0.1", "localhost")  # cookies need a name
-            async with serving(up) as url:
-                await self.ask(url)
-                await self.ask(url)
-            self.assertEqual(len(up.calls), 2)
-            for call in up.calls:
-                self.assertNotIn("authorization", call.headers)
-                self.assertNotIn("cookie", call.headers)
-
-    async def test_repeated_key(self) -> None:
-        """What is sent on is what was checked: a second `model` cannot slip past."""
-        async with upstream(says("Hi")) as up, serving(up) as url:
-            body = b'{"model":"m","messages":[{"role":"user"}],"model":"gpt-9","stream":true}'
-            self.assertEqual((await self.ask(url, body)).status, 404)
-            body = b'{"model":"gpt-9","messages":[{"role":"user"}],"model":"m"}'
-            await self.ask(url, body)
-            self.assertNotIn(b"gpt-9", up.calls[0].raw_body)
-
-    async def test_any_model(self) -> None:
-        """With `*` any model may be asked for, and the list is the upstream's."""
-
-        async def reply(call: Call) -> None:
-            if call.request_line.startswith("GET /v1/models "):
-                return await fails(200, b'{"data":[{"id":"a","x":1},{"id":"m"}]}')(call)
-            return await says("Hi")(call)
-
-        async with upstream(reply) as up, serving(up, model=("m", "*"), api_key="k") as url:
-            await self.ask(url, HELLO | {"model": "any"})
-            self.assertEqual(up.calls[0].body["model"], "any")
-            async with self.client.get(url + "/v1/models") as response:
-                listed = await response.json()
-            names = [{"id": "m", "object": "model"}, {"id": "a", "object": "model"}]
-            self.assertEqual(listed, {"object": "list", "data": names})
-            self.assertEqual(up.calls[1].headers["authorization"], "Bearer k")
-        async with upstream(reply) as up, serving(up, model=("*",)) as url:
-            answer = await self.ask(url)
-            self.assertEqual((answer.status, up.calls), (400, []))
-            self.assertIn("GET /v1/models lists them", answer.error["message"])
-
-    async def test_done_lets_go(self) -> None:
-        """After [DONE] the upstream is let go, even if it holds the socket open."""
-
-        async def holds(call: Call) -> None:
-            await call.start()
-            await call.send(GOOD)
-            await call.gone.wait()
-
-        async with upstream(holds) as up, serving(up) as url:
-            self.assertEqual((await self.ask(url)).payloads[-1], b"[DONE]")
-            await asyncio.wait_for(up.calls[0].gone.wait(), PATIENCE)
-
-    async def test_redirect_is_not_followed(self) -> None:
-        """A redirect would carry the key to wherever it points."""
-        async with upstream(says("Hi")) as other:
-            await self.ask_through(fails(302, b"", location=other.url), api_key="sk-1")
-            self.assertEqual(other.calls, [])
-
-    async def test_proxy(self) -> None:
-        """The proxy of the environment is used, except where no_proxy says so."""
-        async with upstream(says("Hi")) as proxy:
-            address = proxy.url.removesuffix("/v1")
-            with mock_environment(http_proxy=address, no_proxy="127.0.0.1"):
-                async with serving(base_url="http://upstream.invalid/v1") as url:
-                    await self.ask(url)
-                await self.ask_through(says("Hi"))
-        lines = [call.request_line for call in proxy.calls]
-        self.assertEqual(lines, ["POST http://upstream.invalid/v1/chat/completions HTTP/1.1"])
-
-
-@contextmanager
-def mock_environment(**variables: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
-
-
-# ---- Time: cancellation, back-pressure, limits -------------------------------------------
-
-
-class Time(Case):
-    async def test_client_leaves(self) -> None:
-        """The client goes, and 50 ms later the upstream's connection is gone: before the
-        first token, during heartbeats, in mid-stream."""
-        for name, reply, beat in (
-            ("before the first token", silent, 10.0),
-            ("during heartbeats", silent, 0.01),
-            ("in mid-stream", stalls, 10.0),
-        ):
-            with self.subTest(name):
-                async with upstream(reply) as up, serving(up, heartbeat_seconds=beat) as url:
-                    took = await self.leave(up, url, wait_for_bytes=beat < 1 or reply is stalls)
-                    self.assertLess(took, 0.05)
-                    metrics = await self.metrics(url)
-                    self.assertEqual(metrics['chatstream_streams_total{outcome="client_gone"}'], 1)
-                    self.assertEqual(metrics["chatstream_active_streams"], 0)
-
-    async def leave(self, up: Upstream, url: str, wait_for_bytes: bool) -> float:
-        """Asks, leaves in the middle, and gives the seconds until the upstream saw it."""
-        tls = CLIENT_TLS if url.startswith("https") else None
-        address = urlsplit(url)
-        reader, writer = await asyncio.open_connection(address.hostname, address.port, ssl=tls)
-        body = json.dumps(HELLO).encode()
-        writer.write(
-            b"POST /stream HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-            b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
-        )
-        await self.eventually(lambda: up.calls)
-        if wait_for_bytes:
-            await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), PATIENCE)
-        writer.transport.abort()
-        left = time.monotonic()
-        await asyncio.wait_for(up.calls[-1].gone.wait(), PATIENCE)
-        return time.monotonic() - left
-
-    async def test_client_leaves_over_tls(self) -> None:
-        """The same over TLS on both sides, also with an upstream that has gone mute."""
-        with certificate() as (cert, key):
-            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-            context.load_cert_chain(cert, key)
-            for reply in (silent, stalls):
-                async with upstream(reply, context) as up:
-                    env = {"OPENAI_BASE_URL": up.url, "SSL_CERT_FILE": cert}
-                    tls = {"CHATSTREAM_TLS_CERT": cert, "CHATSTREAM_TLS_KEY": key}
-                    async with program(**env, **tls) as run:
-                        self.assertTrue(run.url.startswith("https://"))
-                        took = await self.leave(up, run.url, wait_for_bytes=reply is stalls)
-                        self.assertLess(took, 0.05)
-
-    @unittest.skipUnless(hasattr(socket, "TCP_INFO"), "TCP_INFO is Linux's")
-    async def test_mute_upstream_over_tls(self) -> None:
-        """An upstream that reads nothing any more, so that it would never say goodbye, is let
-        go all the same: before the head of its answer, and in mid-stream."""
-
-        async def mute(call: Call) -> None:
-            call.transport.pause_reading()
-            await asyncio.Event().wait()
-
-        async def begins_and_is_mute(call: Call) -> None:
-            await call.start()
-            await call.send(delta(content="Once"))
-            await mute(call)
-
-        def is_closed() -> bool:
-            sock = up.calls[0].transport.get_extra_info("socket")
-            state: bytes = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
-            return state != b"\x01"  # no longer ESTABLISHED
-
-        with certificate() as (cert, key):
-            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-            context.load_cert_chain(cert, key)
-            for reply in (mute, begins_and_is_mute):
-                async with upstream(reply, context) as up:
-                    env = {"OPENAI_BASE_URL": up.url, "SSL_CERT_FILE": cert}
-                    async with program(**env) as run:
-                        ask = asyncio.ensure_future(self.ask(run.url))
-                        await self.eventually(lambda: up.calls)
-                        await asyncio.sleep(0.1)
-                        self.assertFalse(is_closed())
-                        ask.cancel()
-                        started = time.monotonic()
-                        await self.eventually(is_closed)
-                        self.assertLess(time.monotonic() - started, 0.5)
-
-    async def test_many_at_once(self) -> None:
-        """The 101st stream does not wait for the first hundred."""
-        async with upstream(stalls) as up, serving(up) as url:
-            connector = aiohttp.TCPConnector(limit=0)
-            async with aiohttp.ClientSession(connector=connector) as client:
-                asks = [client.post(url + "/stream", json=HELLO) for _ in range(120)]
-                answers = await asyncio.gather(*asks)
-                self.assertEqual(len(up.calls), 120)
-                self.assertEqual((await self.metrics(url))["chatstream_active_streams"], 120)
-                for answer in answers:
-                    answer.close()
-
-    async def test_unknown_certificate(self) -> None:
-        """An upstream whose certificate nobody vouches for is not spoken to."""
-        with certificate() as (cert, key):
-            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-            context.load_cert_chain(cert, key)
-            async with upstream(says("Hi"), context) as up, serving(up) as url:
-                self.assertEqual((await self.ask(url)).error["code"], "upstream_unreachable")
-                self.assertEqual(up.calls, [])
-        self.loop_errors.clear()  # of the upstream's side of the handshake
-
-    async def test_idle(self) -> None:
-        """Comments do not count as life: without a data event it is a timeout."""
-
-        async def comments(call: Call) -> None:
-            await call.start()
-            while not call.gone.is_set():
-                await call.send(b": ping\n\n")
-                await asyncio.sleep(0.02)
-
-        for reply in (comments, silent):
-            answer = await self.ask_through(reply, idle_seconds=0.3)
-            self.assertEqual((answer.status, answer.error["code"]), (504, "upstream_timeout"))
-        answer = await self.ask_through(stalls, idle_seconds=0.3)
-        self.assertEqual(answer.error["code"], "upstream_timeout")
-
-    async def test_long_streams_live(self) -> None:
-        """As long as events come, no limit ends a stream; dropped ones count as life too."""
-
-        async def long(call: Call) -> None:
-            await call.start()
-            for number in range(12):
-                await asyncio.sleep(0.05)
-                await call.send(b"data: {}\n\n" if number % 2 else framed(HELLO_CHUNK))
-            await call.send(TAIL)
-
-        answer = await self.ask_through(long, idle_seconds=0.3, write_seconds=0.3)
-        self.assertEqual(answer.payloads[-1], b"[DONE]")
-
-    async def test_connect_limit(self) -> None:
-        """An upstream that does not even connect is a timeout, 504."""
-        with socket.socket() as full:  # a listener whose queue is full answers no SYN
-            full.bind(("127.0.0.1", 0))
-            full.listen(0)
-            address = full.getsockname()
-            with socket.socket() as first, socket.socket() as second:
-                for each in (first, second):
-                    each.setblocking(False)
-                    each.connect_ex(address)
-                base = f"http://127.0.0.1:{address[1]}/v1"
-                async with serving(base_url=base, connect_seconds=0.3) as url:
-                    answer = await self.ask(url)
-        self.assertEqual((answer.status, answer.error["code"]), (504, "upstream_timeout"))
-
-    @asynccontextmanager
-    async def slow_client(self, reply: Reply, **settings: Any) -> AsyncIterator[Any]:
-        """A client that has asked and reads nothing, with small buffers in between; gives the
-        address, the client's reader, and the upstream."""
-        settings = dict[str, Any](port=0, drain_seconds=0.0) | settings
-        async with upstream(reply) as up:
-            server = Chatstream(Settings(base_url=up.url, **settings))
-            url = await server.start()
-            listener: Any = next(iter(server.runner.sites))
-            listener._server.sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-            sock = socket.socket()
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            sock.setblocking(False)
-            await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", urlsplit(url).port))
-            reader, writer = await asyncio.open_connection(sock=sock, limit=1024)
-            body = json.dumps(HELLO).encode()
-            head = "POST /stream HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-            writer.write(head.encode() + b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
-            try:
-                yield url, reader, up
-            finally:
-                writer.transport.abort()
-                await server.drain()
-
-    async def test_the_tail_belongs_to_the_stream(self) -> None:
-        """A stream runs until the client has taken its last byte: the limits and the drain
-        know of it, also when the upstream has long been let go."""
-        reply = sends(framed(b'{"choices":["%b"]}' % (b"x" * 50_000)) + TAIL)
-        async with self.slow_client(reply) as (url, reader, up):
-            await self.eventually(lambda: up.calls and not up.tasks)
-            await asyncio.sleep(0.2)
-            metrics = await self.metrics(url)
-            self.assertEqual(metrics["chatstream_active_streams"], 1)
-            self.assertEqual(metrics['chatstream_streams_total{outcome="completed"}'], 0)
-            await self.read_until(reader, b"[DONE]")
-        async with self.slow_client(reply, write_seconds=0.4) as (url, reader, up):
-            await self.until_outcome(url, "client_gone")
-
-    async def read_until(self, reader: asyncio.StreamReader, end: bytes) -> bytes:
-        data = b""
-        async with asyncio.timeout(PATIENCE):
-            while end not in data:
-                data += await reader.read(4096)
-        return data
-
-    async def test_nothing_after_the_end(self) -> None:
-        """No heartbeat follows the last byte, however late a client takes it: on a connection
-        that is kept alive it would be taken for the next answer."""
-        reply = sends(framed(b'{"choices":["%b"]}' % (b"x" * 40_000)) + TAIL)
-
-        async def read_late() -> bytes:
-            async with self.slow_client(reply, heartbeat_seconds=0.1) as (_, reader, up):
-                await self.eventually(lambda: up.calls and not up.tasks)
-                await asyncio.sleep(0.2)
-                data = await self.read_until(reader, b"0\r\n\r\n")
-                with suppress(TimeoutError):
-                    data += await asyncio.wait_for(reader.read(100), 0.2)
-                return data
-
-        for data in await asyncio.gather(*(read_late() for _ in range(40))):
-            self.assertTrue(data.endswith(b"[DONE]\n\n\r\n0\r\n\r\n"), data[-80:])
-
-    async def until_outcome(self, url: str, outcome: str) -> None:
-        async with asyncio.timeout(PATIENCE):
-            name = f'chatstream_streams_total{{outcome="{outcome}"}}'
-            while not (await self.metrics(url))[name]:
-                await asyncio.sleep(0.02)
-
-    async def test_slow_tokens_for_a_stalled_client(self) -> None:
-        """New tokens do not count as reading: the write limit ends it all the same."""
-
-        async def trickles(call: Call) -> None:
-            await call.start()
-            while not call.gone.is_set():
-                await call.send(framed(b'{"choices":["%b"]}' % (b"x" * 4000)))
-                await asyncio.sleep(0.1)
-
-        async with self.slow_client(trickles, write_seconds=0.8) as (url, _, _):
-            started = time.monotonic()
-            await self.until_outcome(url, "client_gone")
-            self.assertLess(time.monotonic() - started, 2.5)
-
-    async def test_back_pressure(self) -> None:
-        """200 MB for a client that reads nothing: the process does not grow, the upstream
-        waits, and the write limit ends it."""
-        sent = 0
-
-        async def floods(call: Call) -> None:
-            nonlocal sent
-            await call.start()
-            block = framed(b'{"choices":["%b"]}' % (b"x" * 10_000)) * 10
-            while sent < 200_000_000:
-                await call.send(block)
-                sent += len(block)
-
-        async with upstream(floods) as up:
-            env = {"OPENAI_BASE_URL": up.url, "CHATSTREAM_WRITE_SECONDS": "1"}
-            async with program(**env) as run:
-                await self.ask(run.url, b"{}")  # what grows at a first request has grown
-                before = run.memory()
-                async with self.post(run.url):
-                    started = time.monotonic()
-                    await asyncio.wait_for(up.calls[0].gone.wait(), PATIENCE)
-                    self.assertGreater(time.monotonic() - started, 0.9)
-                    self.assertLess(run.memory() - before, 10_000_000)
-                self.assertLess(sent, 100_000_000)
-                metrics = await self.metrics(run.url)
-                self.assertEqual(metrics['chatstream_streams_total{outcome="client_gone"}'], 1)
-
-
-# ---- Who gets in, and what they may send -------------------------------------------------
-
-BODIES = {  # name: (the body, then status and code)
-    "no JSON": (b"{", 400, "invalid_json"),
-    "nothing": (b"", 400, "invalid_json"),
-    "bad UTF-8": (b'{"messages":[{"role":"user","content":"\xff"}]}', 400, "invalid_json"),
-    "UTF-16": (json.dumps(HELLO).encode("utf-16"), 400, "invalid_json"),
-    "NaN": (b'{"messages":[{"role":"user"}],"x":NaN}', 400, "invalid_json"),
-    "an infinite number": (b'{"messages":[{"role":"user"}],"x":1e999}', 400, "invalid_json"),
-    "a number of 5,000 digits": (b'{"x":%b}' % (b"1" * 5000), 400, "invalid_json"),
-    "deep nesting": (b"[" * 100_000, 400, "invalid_json"),
-    "deep nesting inside": (
-        b'{"messages":[{"role":"user"}],"x":%b%b}' % (b"[" * 50_000, b"]" * 50_000),
-        400,
-        "invalid_json",
-    ),
-    "a list": (b"[]", 400, "invalid_request"),
-    "no messages": (b"{}", 400, "invalid_messages"),
-    "null messages": (b'{"messages":null}', 400, "invalid_messages"),
-    "empty messages": (b'{"messages":[]}', 400, "invalid_messages"),
-    "messages of another type": (b'{"messages":{"role":"user"}}', 400, "invalid_messages"),
-    "a message of another type": (b'{"messages":["hi"]}', 400, "invalid_messages"),
-    "no role": (b'{"messages":[{"content":"hi"}]}', 400, "invalid_messages"),
-    "an unknown role": (b'{"messages":[{"role":"root"}]}', 400, "invalid_messages"),
-    "a role of another type": (b'{"messages":[{"role":["user"]}]}', 400, "invalid_messages"),
-    "content of another type": (
-        b'{"messages":[{"role":"user","content":7}]}',
-        400,
-        "invalid_messages",
-    ),
-    "parts of another type": (
-        b'{"messages":[{"role":"user","content":["x"]}]}',
-        400,
-        "invalid_messages",
-    ),
-    "no stream wanted": (
-        b'{"messages":[{"role":"user"}],"stream":false}',
-        400,
-        "stream_required",
-    ),
-    "a model of another type": (
-        b'{"messages":[{"role":"user"}],"model":["m"]}',
-        400,
-        "invalid_request",
-    ),
-    "another model": (b'{"messages":[{"role":"user"}],"model":"n"}', 404, "model_not_found"),
-    "too long": (b"x" * 10_001, 413, "body_too_large"),
-}
-
-PAGE_ELSEWHERE = "http://evil.example"
-VISITORS = {  # name: (method and path, headers, then status and code)
-    "a rebound name": ("GET /", {"Host": "evil.example"}, 403, "forbidden_host"),
-    "a rebound name with a port": ("GET /", {"Host": "evil.example:80"}, 403, "forbidden_host"),
-    "a rebound name for the models": (
-        "GET /v1/models",
-        {"Host": "evil.example"},
-        403,
-        "forbidden_host",
-    ),
-    "localhost": ("GET /", {"Host": "LocalHost:1234"}, 200, ""),
-    "IPv6": ("GET /", {"Host": "[::1]:8080"}, 200, ""),
-    "an allowed host": ("GET /", {"Host": "Chat.Example:443"}, 200, ""),
-    "probes by any name": ("GET /healthz", {"Host": "10.0.0.7:8080"}, 200, ""),
-    "metrics by any name": ("GET /metrics", {"Host": "10.0.0.7:8080"}, 200, ""),
-    "another origin": ("POST /stream", {"Origin": PAGE_ELSEWHERE}, 403, "forbidden_origin"),
-    "a null origin": ("POST /stream", {"Origin": "null"}, 403, "forbidden_origin"),
-    "another port": ("POST /stream", {"Origin": "http://localhost:1"}, 403, "forbidden_origin"),
-    "its own origin": (
-        "POST /stream",
-        {"Host": "localhost:80", "Origin": "http://localhost:80"},
-        400,
-        "invalid_json",
-    ),
-    "cross-site": ("POST /stream", {"Sec-Fetch-Site": "cross-site"}, 403, "forbidden_origin"),
-    "same-site is not same-origin": (
-        "POST /v1/chat/completions",
-        {"Sec-Fetch-Site": "same-site"},
-        403,
-        "forbidden_origin",
-    ),
-    "the page": ("POST /stream", {"Sec-Fetch-Site": "same-origin"}, 400, "invalid_json"),
-    "a program with Sec-Fetch-Mode": (
-        "POST /stream",
-        {"Sec-Fetch-Mode": "cors"},
-        400,
-        "invalid_json",
-    ),
-    "a form": (
-        "POST /stream",
-        {"Content-Type": "text/plain"},
-        415,
-        "unsupported_media_type",
-    ),
-    "a charset": (
-        "POST /stream",
-        {"Content-Type": "application/json; charset=utf-8"},
-        400,
-        "invalid_json",
-    ),
-    "a compressed body": (
-        "POST /stream",
-        {"Content-Encoding": "gzip"},
-        415,
-        "unsupported_media_type",
-    ),
-    "an unknown path": ("GET /nothing", {}, 404, "not_found"),
-    "a path below": ("GET /v1/models/m", {}, 404, "not_found"),
-    "GET of a stream": ("GET /stream", {}, 405, "method_not_allowed"),
-    "POST of the page": ("POST /", {}, 405, "method_not_allowed"),
-    "DELETE": ("DELETE /healthz", {}, 405, "method_not_allowed"),
-}
-
-
-class Access(Case):
-    async def test_bodies(self) -> None:
-        """Every bad body gets its error, and costs nothing: the upstream is not asked."""
-        async with upstream(says("Hi")) as up, serving(up, max_body_bytes=10_000) as url:
-            async with serving(up) as roomy:
-                for name, (body, status, code) in BODIES.items():
-                    with self.subTest(name):
-                        long = status == 400 and len(body) > 10_000
-                        answer = await self.ask(roomy if long else url, body)
-                        self.assertEqual((answer.status, answer.error["code"]), (status, code))
-                        self.assertIsNone(answer.error["param"])
-            metrics = await self.metrics(url)
-            self.assertEqual(up.calls, [])
-        self.assertGreater(metrics['chatstream_streams_total{outcome="rejected"}'], 20)
-
-    async def test_good_bodies(self) -> None:
-        """All that OpenAI's API knows, and all that it may add, passes."""
+        """The upstream gets the key, the request id and the body, all that OpenAI's API knows or
+        may add; nothing else of the client. What is sent on is what was checked: a second
+        `model` cannot slip past. What comes back has what keeps proxies from holding it back."""
         messages = [
             {"role": "developer", "content": "x"},
             {"role": "user", "content": [{"type": "text", "text": "x"}]},
             {"role": "assistant", "content": None, "tool_calls": []},
             {"role": "tool", "tool_call_id": "1", "content": "\U0001f600 \ud83d"},
         ]
+        body = {"messages": messages, "stream": None, "next_year": {"x": [1]}, "model": None}
+        text = b'{"model": "gpt-9", ' + json.dumps(body)[1:].encode()
+        async with upstream(says("Hi")) as up, serving(up, api_key="sk-1") as url:
+            sent = {"Cookie": "a=b", "X-Request-Id": "a.1-2_3", "Authorization": "Bearer no"}
+            answer = await self.ask(url, text, **sent)
+        (call,) = up.calls
+        self.assertEqual(call.request_line, "POST /v1/chat/completions HTTP/1.1")
+        self.has(call.headers, authorization="Bearer sk-1", accept="text/event-stream")
+        self.has(call.headers, accept_encoding="identity", x_request_id="a.1-2_3")
+        self.assertEqual(call.body, body | {"model": "m", "stream": True})
+        self.assertNotIn(b"gpt-9", call.raw_body)
+        self.assertNotIn("cookie", call.headers)
+        self.has(answer.headers, content_type="text/event-stream; charset=utf-8")
+        self.has(answer.headers, cache_control="no-cache, no-transform", x_accel_buffering="no")
+        self.has(answer.headers, x_content_type_options="nosniff", x_request_id="a.1-2_3")
+        self.has(answer.headers, server="chatstream")
+
+    async def test_without_a_key(self) -> None:
+        """No key: no Authorization header. No cookie of an upstream is kept, though its
+        connection is used again."""
+        async with upstream(fails(200, COMPLETION, set_cookie="a=b")) as up:
+            up.url = up.url.replace("127.0.0.1", "localhost")  # cookies need a name
+            async with serving(up) as url:
+                await self.ask(url)
+                await self.ask(url)
+        self.assertEqual((len(up.calls), len(set(up.calls))), (2, 1))
+        self.assertFalse({"authorization", "cookie"} & set(up.calls[0].headers))
+
+    async def test_any_model(self) -> None:
+        """With `*` any model may be asked for, and the list is the upstream's; without a name
+        before it there is no default."""
+        models = fails(200, b'{"data":[{"id":"a","x":1},{"id":"m"}]}')
+        async with upstream(models) as up, serving(up, model=("m", "*"), api_key="k") as url:
+            await self.ask(url, HELLO | {"model": "any"})
+            self.assertEqual(up.calls[0].body["model"], "any")
+            listed = json.loads((await self.get(url + "/v1/models")).body)
+            names = [{"id": "m", "object": "model"}, {"id": "a", "object": "model"}]
+            self.assertEqual(listed, {"object": "list", "data": names})
+            self.assertEqual(up.calls[1].request_line, "GET /v1/models HTTP/1.1")
+            self.assertEqual(up.calls[1].headers["authorization"], "Bearer k")
+        async with upstream(says("Hi")) as up, serving(up, model=("*",)) as url:
+            answer = await self.ask(url)
+            self.assertEqual((answer.status, up.calls), (400, []))
+            self.assertIn("GET /v1/models lists them", answer.error["message"])
+            self.assertEqual((await self.get(url + "/v1/models")).error["code"], "upstream_invalid")
+
+    async def test_proxy(self) -> None:
+        """The environment's proxy is used, except where no_proxy says so, and never for what is
+        asked of a model on this machine."""
+        async with upstream(says("Hi")) as proxy:
+            variables = {"http_proxy": proxy.url.removesuffix("/v1"), "no_proxy": "example.com"}
+            for name, value in variables.items():
+                self.addCleanup(os.environ.pop, name)
+                os.environ[name] = value
+            async with serving(base_url="http://upstream.invalid/v1") as url:
+                await self.ask(url)
+            for host in ("localhost:1", "127.0.0.9", "[::1]:8", "example.com"):
+                self.assertIsNone(chatstream.environment_proxy(f"http://{host}/v1"))
+        lines = [call.request_line for call in proxy.calls]
+        self.assertEqual(lines, ["POST http://upstream.invalid/v1/chat/completions HTTP/1.1"])
+
+
+# ---- Time: cancellation, back-pressure, limits -------------------------------------------
+
+
+def is_gone(call: Call) -> bool:
+    """The other side has let go of this connection, whether or not we read."""
+    if call.gone.is_set() or not hasattr(socket, "TCP_INFO"):
+        return call.gone.is_set()
+    sock = call.transport.get_extra_info("socket")
+    established = b"\x01"
+    return not sock or sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) != established
+
+
+class Time(Case):
+    async def leave(self, up: Upstream, url: str, begun: bool, mute: bool = False) -> float:
+        """Asks, leaves in the middle, and gives the seconds until the upstream was let go: of
+        three tries the best. A mute upstream reads no more, so it never says goodbye."""
+        took = []
+        for number in range(len(up.calls), len(up.calls) + 3):
+            reader, writer = await self.connect(url)
+            writer.write(request())
+            await self.eventually(partial(up.calls.__getitem__, slice(number, None)))
+            if mute:
+                up.calls[-1].transport.pause_reading()
+            if begun:
+                await self.read_until(reader, b"\n\n")
+            await asyncio.sleep(0.05)
+            self.assertFalse(is_gone(up.calls[-1]))
+            writer.transport.abort()
+            left = time.monotonic()
+            await self.eventually(lambda: is_gone(up.calls[-1]))
+            took.append(time.monotonic() - left)
+        return min(took)
+
+    async def test_client_leaves(self) -> None:
+        """The client goes, and 50 ms later the upstream's connection is gone: before the first
+        token, during heartbeats, in mid-stream."""
+        for reply, beat in ((silent, 10.0), (silent, 0.02), (stalls, 10.0)):
+            async with upstream(reply) as up, serving(up, heartbeat_seconds=beat) as url:
+                took = await self.leave(up, url, begun=beat < 1 or reply is stalls)
+                self.assertLess(took, 0.05)
+                self.assertEqual(await self.outcomes(url), {"client_gone": 3})
+                self.assertEqual((await self.metrics(url))["chatstream_active_streams"], 0)
+
+    async def test_tls(self) -> None:
+        """The same over TLS on both sides, also with an upstream that has gone mute. The page
+        says that it will go on to speak HTTPS."""
+        with certificate() as (cert, key, context):
+            env = {"SSL_CERT_FILE": cert, "CHATSTREAM_TLS_CERT": cert, "CHATSTREAM_TLS_KEY": key}
+            async with upstream(silent, context) as up:
+                async with program(OPENAI_BASE_URL=up.url, **env) as run:
+                    for up.reply, mute in itertools.product((silent, stalls), (False, True)):
+                        took = await self.leave(up, run.url, up.reply is stalls, mute)
+                        self.assertLess(took, 0.05)
+                    page = await self.get(run.url, ssl=CLIENT_TLS)
+        self.assertIn("max-age", page.headers["Strict-Transport-Security"])
+
+    async def test_fixed_waits(self) -> None:
+        """Two waits that no setting changes. An idle connection is closed before most servers do
+        it (5 s). A refusal whose body stalls is told after 2 s, and no heartbeat makes it a 200."""
+        begun = b"HTTP/1.1 429 X\r\nRetry-After: 7\r\nContent-Length: 9\r\n\r\n{"
         async with upstream(says("Hi")) as up, serving(up) as url:
-            for stream in (True, None):
-                body = {"messages": messages, "stream": stream, "n": 2, "model": "m"}
-                self.assertEqual((await self.ask(url, body)).status, 200)
-                self.assertEqual(up.calls[-1].body, body | {"stream": True})
+            await self.ask(url)
+            asked = time.monotonic()
+            refused = self.ask_through(partial(Call.raw, data=begun), heartbeat_seconds=0.1)
+            answer, _ = await asyncio.gather(refused, up.calls[0].gone.wait())
+            self.assertTrue(2 < time.monotonic() - asked < 5)
+        self.assertEqual((answer.status, answer.headers["Retry-After"]), (429, "7"))
+        self.assertEqual(answer.error["message"], chatstream.ERRORS["upstream_rejected"][2])
+
+    async def test_long_streams_live(self) -> None:
+        """As long as events come, no limit ends a stream; dropped ones count as life too."""
+
+        async def long(call: Call) -> None:
+            await call.start()
+            for event in [b"data: {}\n\n", b"data: {}\n\n", framed(SAID)] * 4 + [TAIL]:
+                await asyncio.sleep(0.05)
+                await call.send(event)
+
+        answer = await self.ask_through(long, idle_seconds=0.3, write_seconds=0.3)
+        self.assertEqual(answer.payloads[-1], b"[DONE]")
+
+    async def slow(self, url: str) -> asyncio.StreamReader:
+        """A client that has asked and reads nothing; segments and buffers are small, so that
+        some 40 KB fill all that lies between."""
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
+        sock.connect(("127.0.0.1", urlsplit(url).port))
+        reader, writer = await asyncio.open_connection(sock=sock, limit=1024)
+        self.addCleanup(writer.close)
+        writer.write(request())
+        return reader
+
+    async def test_the_tail_belongs_to_the_stream(self) -> None:
+        """After [DONE] the upstream is let go, even if it holds the socket open. But a stream
+        runs until its client has taken the last byte: one that is `completed` has got there,
+        whatever comes, and nothing, no heartbeat either, follows that byte."""
+        sizes = range(20_000, 160_000, 10_000)  # asyncio would not wait for the last 64 KB
+        events = (framed(b'{"choices":["%b"]}' % (b"x" * size)) for size in sizes)
+        env = {"CHATSTREAM_HEARTBEAT_SECONDS": "0.1", "CHATSTREAM_WRITE_SECONDS": "1"}
+        async with upstream(lambda call: call.raw(OPEN + next(events) + TAIL)) as up:
+            async with program(OPENAI_BASE_URL=up.url, **env) as run:
+                readers = [await self.slow(run.url) for _ in sizes]
+                await self.eventually(lambda: sum(call.gone.is_set() for call in up.calls) == 14)
+                self.assertGreater((await self.metrics(run.url))["chatstream_active_streams"], 1)
+                await self.until_counted(run.url, "client_gone")
+                await asyncio.sleep(0.2)
+                self.assertEqual(await run.end(signal.SIGTERM), 0)
+        whole = 0
+        for reader in readers:
+            with suppress(ConnectionError):
+                data = await self.read_until(reader, b"?")
+                whole += data.endswith(b"[DONE]\n\n\r\n0\r\n\r\n")
+        ends = [run.err.count(f"outcome={name}") for name in ("completed", "client_gone")]
+        self.assertEqual(ends, [whole, 14 - whole])
+
+    async def test_stalled_client(self) -> None:
+        """Who takes nothing for the write limit has gone: new tokens do not count as reading.
+        Meanwhile the upstream waits and the process does not grow, whatever would come."""
+        sent = 0
+
+        async def pours(call: Call, size: int, pause: float) -> None:
+            nonlocal sent
+            await call.start()
+            while sent < 200_000_000:
+                await call.send(framed(b'{"choices":["%b"]}' % (b"x" * size)))
+                sent += size
+                await asyncio.sleep(pause)
+
+        trickles = partial(pours, size=2000, pause=0.05)
+        async with upstream(trickles) as up, serving(up, write_seconds=0.4) as url:
+            await self.slow(url)
+            await self.until_counted(url, "client_gone")
+            self.assertLess(sent, 80_000)
+        async with upstream(partial(pours, size=100_000, pause=0)) as up:
+            async with program(OPENAI_BASE_URL=up.url, CHATSTREAM_WRITE_SECONDS="1") as run:
+                await self.ask(run.url, b"{}")  # what grows at a first request has grown
+                before, started = run.memory(), time.monotonic()
+                async with self.post(run.url):
+                    await asyncio.wait_for(up.calls[0].gone.wait(), PATIENCE)
+                    self.assertGreater(time.monotonic() - started, 0.9)
+                    self.assertLess(run.memory() - before, 10_000_000)
+                    self.assertLess(sent, 100_000_000)
+
+
+# ---- Who gets in, and what they may send -------------------------------------------------
+
+# fmt: off
+BODIES = {  # name: the body, the status and the code
+    "no JSON": (b"{", 400, "invalid_json"),
+    "nothing": (b"", 400, "invalid_json"),
+    "bad UTF-8": (b'{"messages":[{"role":"user","content":"\xff"}]}', 400, "invalid_json"),
+    "NaN": (b'{"messages":[{"role":"user"}],"x":NaN}', 400, "invalid_json"),
+    "an infinite number": (b'{"messages":[{"role":"user"}],"x":1e999}', 400, "invalid_json"),
+    "5,000 digits": (b'{"messages":[{}],"x":%b}' % (b"1" * 5000), 400, "invalid_json"),
+    "deep nesting": (b"[" * 100_000, 400, "invalid_json"),
+    "deep nesting inside": (b'{"x":%b%b}' % (b"[" * 50_000, b"]" * 50_000), 400, "invalid_json"),
+    "a list": (b"[]", 400, "invalid_request"),
+    "no model": (b'{"messages":[{"role":"user"}],"model":["m"]}', 400, "invalid_request"),
+    "another model": (b'{"messages":[{"role":"user"}],"model":"n"}', 404, "model_not_found"),
+    "no stream": (b'{"messages":[{"role":"user"}],"stream":false}', 400, "stream_required"),
+    "too long": (b"x" * 200_001, 413, "body_too_large"),
+} | {name: (b'{"messages":%b}' % messages, 400, "invalid_messages") for name, messages in {
+    "empty messages": b"[]",
+    "messages of another type": b'{"role":"user"}',
+    "a message of another type": b'["hi"]',
+    "an unknown role": b'[{"role":"root"}]',
+    "a role of another type": b'[{"role":["user"]}]',
+    "content of another type": b'[{"role":"user","content":7}]',
+    "parts of another type": b'[{"role":"user","content":["x"]}]',
+}.items()}
+VISITORS: dict[str, tuple[str, dict[str, str], str]] = {  # name: request, headers, what it gets
+    "a rebound name": ("GET /", {"Host": "evil.example:80"}, "403 forbidden_host"),
+    "one for the models": ("GET /v1/models", {"Host": "evil.example"}, "403 forbidden_host"),
+    "localhost": ("GET /", {"Host": "LocalHost:1234"}, "200"),
+    "IPv6": ("GET /", {"Host": "[::1]:8080"}, "200"),
+    "an allowed host": ("GET /", {"Host": "Chat.Example:443"}, "200"),
+    "HEAD of the page": ("HEAD /", {}, "200"),
+    "health by any name": ("GET /healthz", {"Host": "10.0.0.7:8080"}, "200"),
+    "readiness by any name": ("HEAD /readyz", {"Host": "10.0.0.7:8080"}, "200"),
+    "metrics by any name": ("HEAD /metrics", {"Host": "10.0.0.7:8080"}, "200"),
+    "a program": ("POST /stream", {"Sec-Fetch-Mode": "cors"}, "400 invalid_json"),
+    "another origin": ("POST /stream", {"Origin": "http://evil.ex"}, "403 forbidden_origin"),
+    "a null origin": ("POST /stream", {"Origin": "null"}, "403 forbidden_origin"),
+    "another port": ("POST /stream", {"Origin": "http://localhost:1"}, "403 forbidden_origin"),
+    "itself": ("POST /stream", {"Host": "[::1]:8", "Origin": "http://[::1]:8"}, "400 invalid_json"),
+    "cross-site": ("POST /stream", {"Sec-Fetch-Site": "cross-site"}, "403 forbidden_origin"),
+    "not same-origin": ("POST /stream", {"Sec-Fetch-Site": "same-site"}, "403 forbidden_origin"),
+    "the page": ("POST /stream", {"Sec-Fetch-Site": "same-origin"}, "400 invalid_json"),
+    "a form": ("POST /stream", {"Content-Type": "text/plain"}, "415 unsupported_media_type"),
+    "a charset": ("POST /stream", {"Content-Type": "application/json;a=b"}, "400 invalid_json"),
+    "compressed": ("POST /stream", {"Content-Encoding": "gzip"}, "415 unsupported_media_type"),
+    "an unknown path": ("GET /nothing", {}, "404 not_found"),
+    "GET of a stream": ("GET /stream", {}, "405 method_not_allowed POST"),
+    "POST of the page": ("POST /", {"Content-Type": "x/y"}, "405 method_not_allowed GET, HEAD"),
+    "DELETE": ("DELETE /healthz", {}, "405 method_not_allowed GET, HEAD"),
+}
+# fmt: on
+
+
+class Access(Case):
+    async def test_bodies(self) -> None:
+        """Every bad body gets its error, and costs nothing: the upstream is not asked."""
+        async with upstream(says("Hi")) as up, serving(up, max_body_bytes=200_000) as url:
+            for name, (body, status, code) in BODIES.items():
+                with self.subTest(name):
+                    answer = await self.ask(url, body)
+                    self.assertEqual((answer.status, answer.error["code"]), (status, code))
+            self.assertEqual(up.calls, [])
+            self.assertEqual(await self.outcomes(url), {"rejected": len(BODIES)})
 
     async def test_visitors(self) -> None:
         """A page elsewhere, or a rebound name, cannot spend the key."""
         async with serving(allowed_hosts=("chat.example",)) as url:
-            for name, (request, headers, status, code) in VISITORS.items():
+            for name, (line, headers, told) in VISITORS.items():
                 with self.subTest(name):
-                    method, _, path = request.partition(" ")
-                    sent = (JSON if method == "POST" else {}) | headers
-                    async with self.client.request(method, url + path, headers=sent) as response:
-                        self.assertEqual(response.status, status)
-                        self.assertTrue(response.headers["X-Request-Id"])
-                        if code:
-                            self.assertEqual((await response.json())["error"]["code"], code)
-                        if status == 405:
-                            allow = "POST" if path == "/stream" else "GET, HEAD"
-                            self.assertEqual(response.headers["Allow"], allow)
-
-    async def test_bound_elsewhere(self) -> None:
-        """Bound to all addresses every host is served, or the allowed ones if there are any."""
+                    method, path = line.split()
+                    sent = {"Content-Type": "application/json"} | headers
+                    answer = await self.get(url + path, method, headers=sent)
+                    code = answer.error["code"] if answer.status != 200 else ""
+                    got = f"{answer.status} {code} {answer.headers.get('Allow', '')}".strip()
+                    self.assertEqual(got, told)
+                    self.assertTrue(answer.headers["X-Request-Id"])
+        # Bound to all addresses every host is served, or the allowed ones if there are any.
         for allowed, status in (((), 200), (("chat.example",), 403)):
             async with serving(host="0.0.0.0", token="t", allowed_hosts=allowed) as url:
-                address = url.replace("0.0.0.0", "127.0.0.1")
-                async with self.client.get(address, headers={"Host": "other"}) as response:
-                    self.assertEqual(response.status, status)
+                near = url.replace("0.0.0.0", "127.0.0.1")
+                self.assertEqual((await self.get(near, headers={"Host": "other"})).status, status)
 
     async def test_token(self) -> None:
         """With a token set, POST and the models need it; the page itself does not."""
-        async with upstream(says("Hi")) as up, serving(up, token="tök".encode().hex()) as url:
-            right = "Bearer " + "tök".encode().hex()
-            for sent, status in (
-                (None, 401),
-                ("", 401),
-                ("Bearer ", 401),
-                ("Bearer no", 401),
-                (right.removeprefix("Bearer "), 401),
-                ("Basic " + right[7:], 401),
-                ("Bearer t\u00f6k", 401),
-                (right, 200),
-                (right.replace("Bearer", "bearer"), 200),
+        async with upstream(says("Hi")) as up, serving(up, token="t0k-en") as url:
+            for sent in ("", "Bearer ", "Bearer no", "t0k-en", "Basic t0k-en", "Bearer tök"):
+                answer = await self.ask(url, Authorization=sent)
+                self.assertEqual((answer.status, answer.error["code"]), (401, "invalid_token"))
+                self.assertEqual(answer.error["type"], "authentication_error")
+                self.has(answer.headers, www_authenticate="Bearer")
+            self.assertEqual((await self.get(url + "/v1/models")).status, 401)
+            for sent in ("Bearer t0k-en", "bearer t0k-en"):
+                self.assertEqual((await self.ask(url, Authorization=sent)).status, 200)
+                listed = await self.get(url + "/v1/models", headers={"Authorization": sent})
+                self.assertEqual(listed.status, 200)
+            self.assertEqual((await self.get(url)).status, 200)
+            no_ascii = request(authorization="Bearer ?").replace(b"?", b"\xff")
+            self.assertIn(b" 401 ", await self.raw(url, no_ascii))
+
+    async def test_bodies_as_they_come(self) -> None:
+        """A body that does not arrive in time is a 408, a broken one a 400, one without end a
+        413. A compressed one is never unpacked. `Expect: 100-continue` is honoured."""
+        head = request().partition(b"Content-Length")[0] + b"Transfer-Encoding: chunked\r\n\r\n"
+        zipped = request(gzip.compress(json.dumps(HELLO).encode()))
+        lies = b"\r\nContent-Encoding: identity\r\nContent-Encoding: gzip\r\n"
+        async with serving(write_seconds=0.2) as url:
+            for sent, status, code in (
+                (request(Content_Length="999"), b"408", b"request_timeout"),
+                (head + b"zz\r\n", b"400", b""),
+                (head + b"100000\r\n%b\r\n" % (b"x" * 2**20) * 2, b"413", b"body_too_large"),
+                (zipped.replace(b"\r\n", lies, 1), b"400", b"invalid_json"),
+                (request(b"{}", expect="100-continue"), b"100 Continue\r\n\r\nHTTP/1.1 400", b""),
             ):
-                headers = {} if sent is None else {"Authorization": sent}
-                answer = await self.ask(url, **headers)
-                self.assertEqual(answer.status, status, sent)
-                async with self.client.get(url + "/v1/models", headers=headers) as response:
-                    self.assertEqual(response.status, status)
-                if status == 401:
-                    self.assertEqual(answer.error["code"], "invalid_token")
-                    self.assertEqual(answer.error["type"], "authentication_error")
-                    self.assertEqual(answer.headers["WWW-Authenticate"], "Bearer")
-            async with self.client.get(url) as response:
-                self.assertEqual(response.status, 200)
-
-    async def test_slow_bodies(self) -> None:
-        """A body that does not arrive in time is a 408; a broken one is a 400."""
-        head = b"POST /stream HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        async with serving(base_url="http://127.0.0.1:1/v1", write_seconds=0.2) as url:
-            answer = await self.raw(url, head + b"Content-Length: 9\r\n\r\n{")
-            self.assertIn(b"408 ", answer.partition(b"\r\n")[0])
-            self.assertIn(b"request_timeout", answer)
-            answer = await self.raw(url, head + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n")
-            self.assertIn(b" 400 ", answer.partition(b"\r\n")[0])
-            self.assertNotIn(b"Traceback", answer)
-            huge = (
-                b"Transfer-Encoding: chunked\r\n\r\n" + b"100000\r\n%b\r\n" % (b"x" * 0x100000) * 2
-            )
-            answer = await self.raw(url, head + huge)
-            self.assertIn(b"body_too_large", answer)
-
-    async def test_expect(self) -> None:
-        """`Expect: 100-continue` is honoured: curl waits a second for it."""
-        async with serving(base_url="http://127.0.0.1:1/v1") as url:
-            answer = await self.raw(
-                url,
-                b"POST /stream HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-                b"Expect: 100-continue\r\nContent-Length: 2\r\n\r\n{}",
-            )
-        self.assertTrue(answer.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 400 "), answer)
+                answer = await self.raw(url, sent)
+                self.assertTrue(answer.partition(b" ")[2].startswith(status), answer)
+                self.assertIn(code, answer)
 
     async def test_too_many(self) -> None:
-        """One stream above the limit gets 503 with Retry-After, and does not count as active."""
-        async with upstream(stalls) as up, serving(up, max_streams=1) as url:
-            async with self.post(url) as response:
-                await response.content.readuntil(b"\n\n")
+        """Of two streams the third gets 503, with Retry-After; a body that never arrives counts
+        against that limit, but not as an active stream."""
+        async with upstream(stalls) as up, serving(up, max_streams=2) as url:
+            _, writer = await self.connect(url)
+            writer.write(request(Content_Length="999"))
+            async with self.post(url):
                 answer = await self.ask(url)
                 self.assertEqual((answer.status, answer.error["code"]), (503, "too_many_streams"))
                 self.assertEqual(answer.headers["Retry-After"], "1")
                 self.assertEqual((await self.metrics(url))["chatstream_active_streams"], 1)
+            writer.close()
 
-    async def test_head(self) -> None:
-        """HEAD works wherever GET does."""
-        async with serving() as url:
-            for path in ("/", "/v1/models", "/healthz", "/readyz", "/metrics"):
-                async with self.client.head(url + path) as response:
-                    self.assertEqual((response.status, await response.read()), (200, b""), path)
+    async def test_http_1_0(self) -> None:
+        """A client of HTTP/1.0 gets an answer that ends with the connection, whatever it asks."""
+        async with upstream(sends(framed(SAID), TAIL)) as up, serving(up) as url:
+            for route, status in {"POST /stream": 200, "GET /": 200, "GET /nothing": 404}.items():
+                sent = request(b"", f"{route} HTTP/1.0", connection="keep-alive")
+                answer = await self.raw(url, sent, end=b"no end but that of the connection")
+                self.assertIn(b" %d " % status, answer.partition(b"\r\n")[0])
 
     async def test_page(self) -> None:
-        """The page comes with its policy, an ETag, and 304 for who has it."""
+        """The page comes with its policy, which names its own script and style, with an ETag,
+        and 304 for who has it."""
+        html = (HERE / "index.html").read_text(encoding="utf-8")
+        policy = (
+            "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; "
+            "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; "
+            "trusted-types 'none'"
+        )
+        for tag, text in re.findall(r"(?s)<(script|style)>(.*?)</\1>", html):
+            digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+            policy += f"; {tag}-src 'sha256-{digest}'"
         async with serving() as url:
-            async with self.client.get(url) as response:
-                policy = response.headers["Content-Security-Policy"]
-                self.assertEqual(await response.read(), (HERE / "index.html").read_bytes())
-                tag = response.headers["ETag"]
-            for directive in (
-                "default-src 'none'",
-                "connect-src 'self'",
-                "img-src data:",
-                "base-uri 'none'",
-                "form-action 'none'",
-                "frame-ancestors 'none'",
-                "require-trusted-types-for 'script'",
-                "trusted-types 'none'",
-            ):
-                self.assertIn(directive, policy.split("; "))
-            self.assertRegex(policy, r"script-src 'sha256-[\w+/=]{44}'; style-src 'sha256-")
-            self.assertNotIn("unsafe", policy)
+            answer = await self.get(url)
+            headers, tag = answer.headers, answer.headers["ETag"]
+            self.assertEqual(answer.body.decode(), html)
+            told = headers["Content-Security-Policy"].split("; ")
+            self.assertEqual(sorted(told), sorted(policy.split("; ")))
+            self.has(headers, cache_control="no-cache", referrer_policy="no-referrer")
+            self.has(headers, cross_origin_opener_policy="same-origin")
+            self.has(headers, cross_origin_resource_policy="same-origin")
+            self.assertIn("microphone=()", headers["Permissions-Policy"])
+            self.assertNotIn("Strict-Transport-Security", headers)
             for sent, status in ((tag, 304), (f'W/{tag}, "x"', 304), ("*", 304), ('"x"', 200)):
-                async with self.client.get(url, headers={"If-None-Match": sent}) as response:
-                    self.assertEqual(response.status, status, sent)
-                    self.assertEqual(response.headers["ETag"], tag)
-                    self.assertNotIn("Strict-Transport-Security", response.headers)
-
-    async def test_https(self) -> None:
-        """With a certificate it speaks HTTPS, and says that it will go on to."""
-        with certificate() as (cert, key):
-            async with serving(tls_cert=cert, tls_key=key) as url:
-                self.assertTrue(url.startswith("https://"))
-                async with self.client.get(url, ssl=CLIENT_TLS) as response:
-                    self.assertIn("max-age", response.headers["Strict-Transport-Security"])
+                answer = await self.get(url, headers={"If-None-Match": sent})
+                self.assertEqual((answer.status, answer.headers["ETag"]), (status, tag), sent)
+            for bad in ("a b", "x" * 129, "<b>", "", "ä"):
+                answer = await self.get(url, headers={"X-Request-Id": bad})
+                self.assertRegex(answer.headers["X-Request-Id"], r"^[a-f0-9]{8,128}$")
 
 
 # ---- What can be watched -----------------------------------------------------------------
 
 
 class Watching(Case):
-    async def test_outcomes(self) -> None:
-        """Every POST to the stream routes is counted in exactly one outcome, and none stays
-        active."""
-        rows: list[tuple[Reply, str]] = [
-            (says("Hi"), "completed"),
-            (fails(400, b"{}"), "upstream_error"),
-            (fails(500, b"{}"), "upstream_error"),
-            (sends(framed(LOUD)), "upstream_error"),
-            (sends(framed(HELLO_CHUNK), framed(LOUD)), "upstream_error"),
-            (sends(framed(b"x")), "upstream_error"),
-            (sends(), "upstream_error"),
-            (fails(400, b'{"error":{"code":"upstream_timeout"}}'), "upstream_error"),
-            (sends(framed(HELLO_CHUNK)), "truncated"),
-            (dies, "upstream_error"),
-            (silent, "timeout"),
-            (stalls, "timeout"),
-        ]
-        async with upstream(silent) as up, serving(up, idle_seconds=0.2) as url:
-            counted = dict.fromkeys(chatstream.OUTCOMES.split(), 0)
-            for reply, outcome in rows:
-                up.reply = reply
-                await self.ask(url)
-                counted[outcome] += 1
-            for body in (b"{", b"{}"):
-                await self.ask(url, body)
-            await self.ask(url, Host="evil.example")
-            counted["rejected"] += 3
-            async with self.client.get(url + "/stream"), self.client.post(url + "/nothing"):
-                pass
-            metrics = await self.metrics(url)
-        for outcome, number in counted.items():
-            name = f'chatstream_streams_total{{outcome="{outcome}"}}'
-            self.assertEqual(metrics[name], number, outcome)
-        self.assertEqual(metrics["chatstream_active_streams"], 0)
-        self.assertEqual(metrics["chatstream_events_total"], 2 + 3)
-        durations = metrics["gen_ai_client_operation_duration_seconds_count"]
-        self.assertEqual(durations, len(rows), "what we refused has no duration")
-
-    async def test_metrics_text(self) -> None:
-        """Each metric has its help and its type; the histograms have the GenAI buckets."""
+    async def test_metrics(self) -> None:
+        """Every POST to the stream routes is counted once, and nothing else is; what we refuse
+        has no duration; a bug of ours is nobody else's fault. Each metric has its help and its
+        type, the histograms GenAI's buckets."""
         async with upstream(says("Hi")) as up, serving(up) as url:
             await self.ask(url)
-            async with self.client.get(url + "/metrics") as response:
-                text = await response.text()
-                self.assertIn("text/plain; version=0.0.4", response.headers["Content-Type"])
-        for name in (
-            "chatstream_active_streams gauge",
-            "chatstream_draining gauge",
-            "chatstream_max_streams gauge",
-            "chatstream_streams_total counter",
-            "chatstream_events_total counter",
-            "gen_ai_client_operation_time_to_first_chunk_seconds histogram",
-            "gen_ai_client_operation_duration_seconds histogram",
-        ):
-            self.assertIn(f"# TYPE {name}\n", text)
-            self.assertIn(f"# HELP {name.split()[0]} ", text)
-        name = "gen_ai_client_operation_duration_seconds"
-        bounds = re.findall(name + r'_bucket\{le="([^"]+)"\} 1\n', text)
-        self.assertEqual(bounds[-4:], ["81.92", "163.84", "327.68", "+Inf"])
-        self.assertIn('_bucket{le="0.01"}', text)
-        self.assertEqual(text.count("_bucket{"), 2 * 17)
+            await self.get(url + "/v1/chat/completions", "POST", json=HELLO)
+            for body, host in ((b"{", "localhost"), (b"{}", "localhost"), (b"", "evil.example")):
+                await self.ask(url, body, Host=host)
+            await self.get(url + "/stream")
+            await self.get(url + "/healthz", "POST")
+            self.assertEqual(await self.outcomes(url), {"completed": 2, "rejected": 3})
+            metrics = await self.metrics(url)
+            answer = await self.get(url + "/metrics")
+        self.assertEqual(metrics["chatstream_active_streams"], 0)
+        self.assertEqual(metrics["chatstream_events_total"], 2 * 2)
+        self.assertIn("text/plain; version=0.0.4", answer.headers["Content-Type"])
+        text, name = answer.body.decode(), "gen_ai_client_operation_"
+        told = re.findall(r"# HELP chatstream_(\w+) .+\n# TYPE chatstream_\1 (\w+)\n", text)
+        gauges = dict.fromkeys(("active_streams", "draining", "max_streams"), "gauge")
+        counters = dict.fromkeys(("streams_total", "events_total"), "counter")
+        self.assertEqual(dict(told), gauges | counters)
+        for each in (name + "time_to_first_chunk_seconds", name + "duration_seconds"):
+            self.assertRegex(text, rf"# HELP {each} .+\n# TYPE {each} histogram\n")
+            bounds = re.findall(each + r'_bucket\{le="([^"]+)"\} [012]\n', text)
+            self.assertEqual(list(map(float, bounds[:15])), [0.01 * 2**n for n in range(15)])
+            self.assertEqual(bounds[15:], ["327.68", "+Inf"])
+            self.assertEqual(metrics[each + "_count"], 2)
+        async with serving(model=()) as url:  # a bug of ours: variables cannot ask for this
+            with self.assertLogs(level="ERROR"):
+                answer = await self.ask(url)
+            self.assertEqual((answer.status, answer.error["code"]), (500, "internal_error"))
+            self.assertEqual(await self.outcomes(url), {"failed": 1})
 
     async def test_no_secret_gets_out(self) -> None:
-        """Key, token and message text stand in no answer, no log line, no metric, no repr and
-        no process list; nor does the upstream's address in an answer."""
+        """One log line a stream: id, outcome, status, events, and how long. Key, token and
+        message text stand in no answer, log line, metric, repr or process list."""
         secrets = ["sk-secret-1", "token-secret-2", "PRIVATE TEXT"]
         body = json.dumps({"messages": [{"role": "user", "content": secrets[2]}]}).encode()
-        leaky = json.dumps({"error": {"message": f"{LEAKY} {secrets[:2]}"}}).encode()
-        replies = (fails(400, leaky), sends(framed(leaky)), fails(500, leaky), dies, says("Hi"))
-        env = {"OPENAI_API_KEY": secrets[0], "CHATSTREAM_TOKEN": secrets[1]}
-        seen = []
-        async with upstream(says("Hi")) as up:
-            async with program(OPENAI_BASE_URL=up.url, OPENAI_MODEL="m", **env) as run:
-                for reply in replies:
-                    up.reply = reply
-                    for text in (body, body[:-1], b'{"messages":[{"role":"PRIVATE TEXT"}]}'):
-                        for token in (secrets[1], "no"):
-                            answer = await self.ask(run.url, text, Authorization=f"Bearer {token}")
-                            seen.append(answer.body.decode())
-                malformed = await self.raw(run.url, b"GET / HTTP/9\r\nPRIVATE TEXT\r\n\r\n")
-                seen.append(malformed.decode())
-                async with self.client.get(run.url + "/metrics") as response:
-                    seen.append(await response.text())
-                seen.append(
-                    Path(f"/proc/{run.process.pid}/cmdline").read_text().partition(".py")[2]
-                )
-                self.assertEqual(await run.end(signal.SIGTERM), 0)
-                seen.append(run.err)
-        self.assertNotIn("Traceback", run.err)
-        self.assertEqual(len(run.err.splitlines()), 30, run.err)
-        settings = Settings(api_key=secrets[0], token=secrets[1])
-        seen.append(repr(settings))
+        leak = json.dumps({"error": f"{secrets[:2]}"}).encode()
+        env = {"OPENAI_API_KEY": secrets[0], "CHATSTREAM_TOKEN": secrets[1], "OPENAI_MODEL": "m"}
+        seen = [repr(Settings(api_key=secrets[0], token=secrets[1]))]
+        async with upstream(says("Hi")) as up, program(OPENAI_BASE_URL=up.url, **env) as run:
+            for up.reply in (says("Hi"), fails(400, leak), sends(framed(leak)), fails(500, leak)):
+                for text, token in ((body, secrets[1]), (body[:-1], secrets[1]), (body, "no")):
+                    headers = {"Authorization": f"Bearer {token}", "X-Request-Id": "my-id"}
+                    seen.append((await self.ask(run.url, text, **headers)).body.decode())
+            malformed = await self.raw(run.url, b"GET / HTTP/9\r\nPRIVATE TEXT\r\n\r\n")
+            seen += [malformed.decode(), str(await self.metrics(run.url))]
+            seen.append(Path(f"/proc/{run.process.pid}/cmdline").read_text())
+            self.assertEqual(await run.end(signal.SIGTERM), 0)
+        lines = run.err.splitlines()
+        self.assertEqual(len(lines), 4 * 3, run.err)
+        pattern = r"id=my-id outcome=completed status=200 events=2 first=0\.\d+s total=0\.\d+s$"
+        self.assertRegex(lines[0], pattern)
         for secret in secrets:
-            for place in seen:
+            for place in (*seen, run.err):
                 self.assertNotIn(secret, place)
 
-    async def test_log_line(self) -> None:
-        """One line a stream: id, outcome, status, events, and how long."""
-        async with upstream(says("Hi")) as up, program(OPENAI_BASE_URL=up.url) as run:
-            await self.ask(run.url, X_Request_Id="my-id")
-            await run.end(signal.SIGTERM)
-        (line,) = run.err.splitlines()
-        pattern = r"id=my-id outcome=completed status=200 events=2 first=0\.\d+s total=0\.\d+s$"
-        self.assertRegex(line, pattern)
-
     async def test_nothing_is_left_behind(self) -> None:
-        """3,000 streams, whole, failed and left, leave memory and files where they were."""
-        async with upstream(says("Hi")) as up, program(OPENAI_BASE_URL=up.url) as run:
-            replies = (says("Hi"), fails(400, b"{}"), sends(framed(HELLO_CHUNK)), says("Hi"))
+        """The 101st stream does not wait for the first hundred. Streams by the hundred, whole,
+        refused, broken and left, leave memory and files as they were."""
+        replies = {"a": says("Hi"), "b": fails(400, b"{}"), "c": sends(framed(SAID)), "d": stalls}
 
-            async def some(number: int) -> None:
-                for turn in range(number):
-                    up.reply = replies[turn % 4]
-                    await self.ask(run.url)
+        async def some() -> None:
+            for model in [*replies] * 6:
+                async with self.post(run.url, model) as response:
+                    await (response.content.readany() if model == "d" else response.read())
 
-            await asyncio.gather(*(some(50) for _ in range(10)))
-            memory, files = run.memory(), run.files()
-            await asyncio.gather(*(some(300) for _ in range(10)))
-            self.assertLess(run.memory() - memory, 3_000_000)
-            self.assertLessEqual(run.files(), files + 2)
-            await run.end(signal.SIGTERM)
-            self.assertNotIn("Warning", run.err)
+        async with upstream(lambda call: replies[call.body["model"]](call)) as up:
+            async with program(OPENAI_BASE_URL=up.url, OPENAI_MODEL="a,b,c,d") as run:
+                for answer in await asyncio.gather(*(self.post(run.url, "d") for _ in range(101))):
+                    answer.close()
+                memory = []
+                for _ in range(4):
+                    await asyncio.gather(*(some() for _ in range(10)))
+                    memory.append(run.memory())
+                grown = (after - before for before, after in itertools.pairwise(memory))
+                self.assertLess(min(grown), 250_000, "a leak shows in each of them")
+                self.assertLess(run.files(), 30, "but for the pool's idle ones")
+                await run.end(signal.SIGTERM)
+
+    async def test_open_files(self) -> None:
+        """With few open files fewer streams are admitted, and one line says so. That none is
+        left for the upstream is not its fault, and neither told nor counted as such; asyncio
+        does not fill the log with it."""
+        async with upstream(stalls) as up:
+            how = ["chatstream.py"], {"OPENAI_BASE_URL": up.url}, 'ulimit -n 72; exec "$@"'
+            async with running(*how) as run:
+                self.assertEqual((await self.metrics(run.url))["chatstream_max_streams"], 4)
+                answers = await asyncio.gather(*(self.post(run.url) for _ in range(8)))
+                for answer in answers:
+                    await answer.read() if answer.status == 503 else answer.close()
+                others = []
+                while run.files() < 72:
+                    others.append(await self.connect(run.url))
+                    await asyncio.sleep(0.005)
+                answer = await self.ask(run.url)  # on a connection that is open
+                self.assertEqual((answer.status, answer.error["code"]), (503, "too_many_streams"))
+                for _, writer in others:
+                    writer.close()
+                await asyncio.sleep(1.2)  # asyncio pauses its accepting for a second
+                self.assertEqual(await self.outcomes(run.url), {"client_gone": 4, "rejected": 5})
+                await run.end(signal.SIGTERM)
+        self.assertIn("72 open files allow 4 streams; 1000 need ulimit -n 2064", run.err)
+        self.assertLess(run.err.count("out of system resource"), 4)
 
 
 # ---- Start and stop ----------------------------------------------------------------------
 
-REFUSED = {  # name: (environment, arguments, what the one line names)
-    "a port of letters": ({"CHATSTREAM_PORT": "x"}, [], ["CHATSTREAM_PORT", "'x'", "65535"]),
-    "a port too high": ({"CHATSTREAM_PORT": "65536"}, [], ["CHATSTREAM_PORT", "65535"]),
-    "a negative number": ({"CHATSTREAM_MAX_STREAMS": "-1"}, [], ["MAX_STREAMS", "from 1"]),
-    "zero seconds": ({"CHATSTREAM_IDLE_SECONDS": "0"}, [], ["IDLE_SECONDS", "above 0"]),
-    "no number": ({"CHATSTREAM_IDLE_SECONDS": "nan"}, [], ["IDLE_SECONDS", "above 0"]),
-    "infinity": ({"CHATSTREAM_IDLE_SECONDS": "inf"}, [], ["IDLE_SECONDS", "above 0"]),
-    "a negative drain": ({"CHATSTREAM_DRAIN_SECONDS": "-1"}, [], ["DRAIN_SECONDS", "'-1'"]),
-    "no switch": ({"CHATSTREAM_REUSE_PORT": "maybe"}, [], ["REUSE_PORT", "true or false"]),
-    "no models": ({"OPENAI_MODEL": " , "}, [], ["OPENAI_MODEL", "comma-separated"]),
-    "an ftp URL": ({"OPENAI_BASE_URL": "ftp://x/"}, [], ["OPENAI_BASE_URL", "http"]),
-    "no URL": ({"OPENAI_BASE_URL": "localhost"}, [], ["OPENAI_BASE_URL", "http"]),
-    "no host name": ({"OPENAI_BASE_URL": "http://-..-/v1"}, [], ["OPENAI_BASE_URL"]),
-    "a bad port in the URL": ({"OPENAI_BASE_URL": "http://x:99999/"}, [], ["OPENAI_BASE_URL"]),
-    "a key with a line end": ({"OPENAI_API_KEY": "sk\n1"}, [], ["OPENAI_API_KEY", "not shown"]),
-    "a bad flag": ({}, ["--port", "y"], ["CHATSTREAM_PORT", "'y'"]),
-    "an unknown flag": ({}, ["--colour", "y"], ["--colour", "--help"]),
-    "a secret flag": ({}, ["--token", "s3cret"], ["--token;"]),
-    "an open proxy": ({"CHATSTREAM_HOST": "0.0.0.0"}, [], ["CHATSTREAM_TOKEN", "127.0.0.1"]),
-    "half of TLS": ({"CHATSTREAM_TLS_CERT": "x"}, [], ["CHATSTREAM_TLS_KEY"]),
-    "no such certificate": (
-        {"CHATSTREAM_TLS_CERT": "/none", "CHATSTREAM_TLS_KEY": "/none"},
-        [],
-        ["CHATSTREAM_TLS_CERT"],
-    ),
-    "an address of another machine": (
-        {"CHATSTREAM_HOST": "192.0.2.1", "CHATSTREAM_TOKEN": "t"},
-        [],
-        ["CHATSTREAM_HOST"],
-    ),
+REFUSED = {  # what is set (flags begin with --): what the one line says of it
+    "CHATSTREAM_PORT=x": "'x' must be a whole number from 0, up to 65535",
+    "CHATSTREAM_PORT=65536": "'65536' must be a whole number",
+    "--port=y": "CHATSTREAM_PORT='y' must be a whole number",
+    "CHATSTREAM_MAX_STREAMS=0": "'0' must be a whole number from 1",
+    "CHATSTREAM_IDLE_SECONDS=0": "'0' must be a number of seconds above 0",
+    "CHATSTREAM_IDLE_SECONDS=nan": "'nan' must be",
+    "CHATSTREAM_DRAIN_SECONDS=-1": "'-1' must be a number of seconds from 0",
+    "CHATSTREAM_REUSE_PORT=maybe": "'maybe' must be true or false",
+    "OPENAI_MODEL=,": "',' must be one name or more",
+    "OPENAI_BASE_URL=ftp://x/": "'ftp://x/' must be an http(s) URL",
+    "OPENAI_BASE_URL=http://-..-/v1": "'http://-..-/v1' must be",
+    "OPENAI_BASE_URL=http://x:99999/": "'http://x:99999/' must be",
+    "OPENAI_API_KEY=s3\ncret": "(not shown) must be visible ASCII",
+    "--colour=y": "no such flag: --colour; --help",
+    "--token=s3\ncret": "no such flag: --token; --help",
+    "CHATSTREAM_HOST=0.0.0.0": "set CHATSTREAM_TOKEN, or listen on 127.0.0.1",
+    "CHATSTREAM_TLS_CERT=/none": "CHATSTREAM_TLS_KEY: set both",
+    "CHATSTREAM_TLS_CERT=/none CHATSTREAM_TLS_KEY=/none": "CHATSTREAM_TLS_CERT=/none",
+    "CHATSTREAM_HOST=192.0.2.1 CHATSTREAM_TOKEN=t": "CHATSTREAM_HOST=192.0.2.1",
 }
+AS_A_PROGRAM = "import os, runpy, asyncio; {}; runpy.run_path('chatstream.py', run_name='__main__')"
 
 
 class Start(Case):
-    async def refused(self, environment: dict[str, str], arguments: list[str]) -> str:
-        async with program(*arguments, **{"PYTHONDEVMODE": "", **environment}) as run:
-            status = await run.end()
-            self.assertEqual((status, run.out), (2, ""), run.err)
-            self.assertEqual(len(run.err.splitlines()), 1, run.err)
-            return run.err
-
     async def test_refused(self) -> None:
-        """A bad or dangerous set-up stops the start with one line that shows the way out."""
-
-        async def check(name: str, env: dict[str, str], args: list[str], told: list[str]) -> None:
-            line = await self.refused(env, args)
-            for each in told:
-                self.assertIn(each, line, name)
-
-        rows = list(REFUSED.items())
-        for start in range(0, len(rows), 4):  # four processes at once
-            batch = rows[start : start + 4]
-            await asyncio.gather(*(check(name, *row) for name, row in batch))
-
-    async def test_port_in_use(self) -> None:
-        """The same when the port is taken."""
+        """A bad or dangerous set-up stops the start with one line that shows the way out, and
+        shows no secret; so does a port that is taken."""
         with socket.create_server(("127.0.0.1", 0)) as taken:
-            port = str(taken.getsockname()[1])
-            line = await self.refused({"CHATSTREAM_PORT": port}, [])
-        self.assertIn(port, line)
-        self.assertIn("CHATSTREAM_PORT", line)
+            setting = f"CHATSTREAM_PORT={taken.getsockname()[1]}"
+            for given, told in (REFUSED | {setting: setting}).items():
+                with self.subTest(given), self.assertRaises(BadSetting) as caught:
+                    words = given.split(" ")
+                    environ = dict(word.split("=") for word in words if word[0] != "-")
+                    flags = [word for word in words if word[0] == "-"]
+                    await Chatstream(chatstream.read_settings(environ, flags)).start()
+                line = str(caught.exception)
+                self.assertIn(told, line)
+                self.assertIn(given.partition("=")[0].removeprefix("--port"), line)
+                self.assertNotIn("\n", line)
+
+    async def test_refused_program(self) -> None:
+        """The line stands alone on stderr, and the exit status is 2: for a bad setting, and for
+        a page that is missing or no UTF-8. Started through a link it finds its page."""
+        with tempfile.TemporaryDirectory() as folder:
+            path, page = Path(folder, "chatstream.py"), Path(folder, "index.html")
+            path.symlink_to(HERE / "chatstream.py")
+            async with running([str(path)], {}) as run:
+                self.assertEqual(await run.end(signal.SIGTERM), 0)
+            path.unlink()
+            shutil.copy(HERE / "chatstream.py", folder)
+            rows = (("index.html must lie", None, "0"), ("UTF-8", b"\xff", "0"), ("='y'", b"", "y"))
+            for told, content, port in rows:
+                if content is not None:
+                    page.write_bytes(content)
+                async with running([str(path), "--port", port], {}) as run:
+                    self.assertEqual((await run.end(), run.out), (2, ""))
+                self.assertEqual(len(run.err.splitlines()), 1, run.err)
+                self.assertIn(told, run.err)
+
+    async def test_encrypted_key(self) -> None:
+        """A key with a password is refused; nobody is asked for it at the terminal."""
+        ours, terminal = pty.openpty()
+        code = AS_A_PROGRAM.format("os.open(os.ttyname(0), os.O_RDWR)")  # now it is in control
+        with certificate() as (cert, key, _):
+            Path(key).write_text(ENCRYPTED_KEY)
+            env = {"CHATSTREAM_TLS_CERT": cert, "CHATSTREAM_TLS_KEY": key}
+            how = running(["-c", code], env, stdin=terminal, start_new_session=True)
+            async with how as run:
+                self.assertEqual(await run.end(), 2)
+        self.assertIn("without a password", run.err)
+        os.set_blocking(ours, False)
+        with self.assertRaises(BlockingIOError), open(ours), open(terminal):
+            os.read(ours, 100)
 
     def test_flags_beat_variables(self) -> None:
         """A flag beats its variable; an empty variable is none; numbers keep their fraction."""
         env = {"CHATSTREAM_PORT": "1", "CHATSTREAM_MAX_STREAMS": "", "OPENAI_MODEL": "a, b"}
         args = ["--port", "2", "--idle-seconds", "0.5", "--drain-seconds", "0", "--reuse-port"]
-        settings = chatstream.read_settings(env, args)
-        self.assertEqual((settings.port, settings.max_streams), (2, 1000))
-        self.assertEqual((settings.idle_seconds, settings.drain_seconds), (0.5, 0.0))
-        self.assertEqual((settings.model, settings.reuse_port), (("a", "b"), True))
+        told = chatstream.read_settings(env, args)
+        self.assertEqual((told.port, told.max_streams, told.idle_seconds), (2, 1000, 0.5))
+        self.assertEqual((told.drain_seconds, told.model, told.reuse_port), (0, ("a", "b"), True))
 
-    async def test_help(self) -> None:
-        """--help names every variable."""
+    async def test_help_and_shared_port(self) -> None:
+        """--help names every variable; with REUSE_PORT several processes listen on one port."""
         async with program("--help") as run:
-            self.assertEqual(await run.end(), 0)
-        for field in dataclasses.fields(Settings):
-            self.assertIn(chatstream.variable(field.name), run.out)
-
-    async def test_shared_port(self) -> None:
-        """With CHATSTREAM_REUSE_PORT several processes listen on one port."""
+            await run.end()
+        for each in fields(Settings):
+            self.assertIn(chatstream.variable(each.name), run.out)
         async with program("--reuse-port") as one:
             port = one.url.rpartition(":")[2]
             async with program("--reuse-port", CHATSTREAM_PORT=port) as two:
                 self.assertEqual(one.url, two.url)
 
     async def test_demo(self) -> None:
-        """With no key it answers by itself, in Markdown, with what was asked, and its models
-        show what goes wrong."""
-        async with program("--heartbeat-seconds", "0.2") as run:
-            async with self.client.get(run.url + "/v1/models") as response:
-                names = [each["id"] for each in (await response.json())["data"]]
-            self.assertEqual(tuple(names), chatstream.DEMO_MODELS)
-            tasks = [self.ask(run.url, HELLO | {"model": name}) for name in names]
-            whole, slow, cut, error, limit = await asyncio.gather(*tasks)
-            chunks = [json.loads(each)["choices"] for each in whole.payloads[:-1]]
-            text = "".join(each[0]["delta"].get("content", "") for each in chunks if each)
-            self.assertIn("demo", text)
-            self.assertIn("> Hello", text)
-            self.assertIn("OPENAI_API_KEY", text)
-            self.assertEqual(whole.payloads[-1], b"[DONE]")
-            self.assertTrue(slow.body.startswith(b": keep-alive\n\n"))
-            self.assertEqual(slow.payloads[-1], b"[DONE]")
-            self.assertEqual(cut.error["code"], "stream_truncated")
-            self.assertEqual((error.status, error.error["code"]), (200, "out_of_memory"))
-            self.assertEqual((limit.status, limit.headers["Retry-After"]), (429, "5"))
+        """With no key it answers by itself, in Markdown, with what was asked, whatever proxy the
+        environment names; its models show what goes wrong. Who leaves leaves no traceback."""
+        async with program("--heartbeat-seconds", "0.2", http_proxy=NOWHERE, no_proxy="") as run:
+            async with self.post(run.url) as response:
+                await response.content.readany()
+            listed = json.loads((await self.get(run.url + "/v1/models")).body)["data"]
+            names = [each["id"] for each in listed]
+            asks = (self.ask(run.url, HELLO | {"model": name}) for name in names)
+            answers = dict(zip(names, await asyncio.gather(*asks), strict=True))
             await run.end(signal.SIGTERM)
-            self.assertIn("the demo", run.out)
+        deltas = (json.loads(each)["choices"][0]["delta"] for each in answers["demo"].payloads[:-1])
+        text = "".join(each.get("content", "") for each in deltas)
+        for words in ("# Hello from the demo", "> Hello", "OPENAI_API_KEY"):
+            self.assertIn(words, text)
+        slow, limited = answers["demo-slow-start"], answers["demo-rate-limit"]
+        self.assertTrue(slow.body.startswith(b": keep-alive\n\n") and slow.body.endswith(DONE))
+        self.assertEqual((limited.status, limited.headers["Retry-After"]), (429, "5"))
+        self.assertEqual(answers["demo-cut-off"].error["code"], "stream_truncated")
+        self.assertEqual(answers["demo-error"].error["code"], "out_of_memory")
+        self.assertIn("the demo", run.out)
 
 
 class Drain(Case):
     async def test_idle(self) -> None:
-        """With no stream running, SIGTERM and SIGINT end it within a second, with status 0,
-        also with a keep-alive connection and a half-sent body."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            async with program(OPENAI_BASE_URL="http://127.0.0.1:1/v1") as run:
+        """With no stream running, SIGTERM and SIGINT end it at once, with status 0, also with a
+        keep-alive connection and a half-sent body, which gets its 503; also on a loop without
+        signal handlers, as Windows has it."""
+        refuse = AS_A_PROGRAM.format("asyncio.SelectorEventLoop.add_signal_handler = None")
+        for number, *command in ((signal.SIGTERM, "chatstream.py"), (signal.SIGINT, "-c", refuse)):
+            async with running(command, {"OPENAI_BASE_URL": NOWHERE}) as run:
                 await self.metrics(run.url)
-                address = ("127.0.0.1", urlsplit(run.url).port)
-                reader, writer = await asyncio.open_connection(*address)
-                writer.write(b"POST /stream HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n")
-                writer.write(b"Content-Type: application/json\r\n\r\n{")
+                reader, writer = await self.connect(run.url)
+                writer.write(request(Content_Length="999"))
                 await asyncio.sleep(0.1)
                 started = time.monotonic()
                 self.assertEqual(await run.end(number), 0)
-                self.assertLess(time.monotonic() - started, 1)
-                self.assertNotIn("Traceback", run.err)
+                self.assertLess(time.monotonic() - started, PATIENCE / 4)
                 self.assertIn(b" 503 ", await reader.readline())
-                self.assertIn("outcome=rejected status=503", run.err)
+                self.assertRegex(run.err, r"^\S+ \S+ id=\w+ outcome=rejected status=503 .*\n$")
                 writer.close()
 
-    async def test_running_streams_go_on(self) -> None:
-        """Streams that run are finished; meanwhile new ones are refused, and nobody can
-        connect."""
-        go = asyncio.Event()
+    def pipes(self) -> dict[str, int]:
+        """One whose reader has gone, as `| head -1` does; a full one whose reader sleeps."""
+        gone, stdout = os.pipe()
+        asleep, stderr = os.pipe()
+        os.close(gone)
+        os.set_blocking(stderr, False)
+        with suppress(BlockingIOError):
+            while True:
+                os.write(stderr, bytes(4096))
+        os.set_blocking(stderr, True)
+        for each in (stdout, asleep, stderr):
+            self.addCleanup(os.close, each)
+        return {"stdout": stdout, "stderr": stderr}
 
-        async def waits(call: Call) -> None:
-            await call.start()
-            await call.send(framed(HELLO_CHUNK))
+    async def until(self, url: str, is_open: bool) -> None:
+        """Waits until connections are accepted, or no longer."""
+        async with asyncio.timeout(PATIENCE):
+            found: Any = None
+            while found is not is_open:
+                await asyncio.sleep(0.01)
+                found = False
+                with suppress(OSError):
+                    (await self.connect(url))[1].close()
+                    found = True
+
+    async def test_running_requests_go_on(self) -> None:
+        """What runs is finished, a stream or a list of models; meanwhile new requests are
+        refused, and nobody can connect. All this whatever becomes of stdout and stderr; and
+        pipes are left as they were, since others may write to them."""
+
+        async def reply(call: Call) -> None:
+            if call.request_line.startswith("POST"):
+                return await stalls(call, until=go)
             await go.wait()
-            await call.send(TAIL)
+            return await fails(200, b'{"data":[{"id":"a"}]}')(call)
 
         # Not in development mode, where asyncio tells of a connection that comes while it closes.
-        env = {"PYTHONDEVMODE": ""}
-        async with upstream(waits) as up, program(OPENAI_BASE_URL=up.url, **env) as run:
-            async with self.client.get(run.url + "/readyz") as response:  # and stays open
-                self.assertEqual(response.status, 200)
-            async with self.post(run.url) as response:
-                await response.content.readuntil(b"\n\n")
-                await asyncio.gather(*(self.metrics(run.url) for _ in range(8)))
-                run.process.send_signal(signal.SIGTERM)
-                await self.until_closed(run.url)
-                for path, status in (
-                    ("/readyz", 503),
-                    ("/healthz", 200),
-                    ("/", 503),
-                    ("/v1/models", 503),
-                ):
-                    async with self.client.get(run.url + path) as probe:
-                        self.assertEqual(probe.status, status)
-                        self.assertEqual(probe.headers["Connection"], "close")
-                answer = await self.ask(run.url)
-                self.assertEqual((answer.status, answer.error["code"]), (503, "server_draining"))
-                self.assertEqual(answer.headers["Connection"], "close")
-                self.assertIn("Retry-After", answer.headers)
-                go.set()
-                self.assertTrue((await response.read()).endswith(DONE))
-            self.assertEqual(await run.end(), 0)
-            self.assertNotIn("Traceback", run.err)
-
-    async def until_closed(self, url: str) -> None:
-        async with asyncio.timeout(PATIENCE):
-            with suppress(OSError):
-                while True:
-                    _, writer = await asyncio.open_connection("127.0.0.1", urlsplit(url).port)
-                    writer.close()
-                    await asyncio.sleep(0.01)
+        env = {"PYTHONDEVMODE": "", "OPENAI_MODEL": "模型,*", "PYTHONIOENCODING": "ascii"}
+        pipes = self.pipes()
+        for redirect in ("", ">/dev/full 2>/dev/full", ">&- 2>&-", "2>&-", None):
+            go, how = asyncio.Event(), {} if redirect is not None else pipes
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                env["CHATSTREAM_PORT"] = str(free.getsockname()[1])
+            async with upstream(reply) as up:
+                env["OPENAI_BASE_URL"] = up.url
+                shell = f'exec "$@" {redirect or ""}'
+                async with running(["chatstream.py"], env, shell, **how) as run:
+                    await self.until(run.url, is_open=True)
+                    listing = asyncio.ensure_future(self.get(run.url + "/v1/models"))
+                    async with self.post(run.url) as response:
+                        await self.eventually(lambda: len(up.calls) == 2)
+                        await asyncio.gather(*(self.get(run.url + "/readyz") for _ in range(8)))
+                        run.process.send_signal(signal.SIGTERM)
+                        await self.until(run.url, is_open=False)
+                        for path, status in {"/readyz": 503, "/healthz": 200, "/": 503}.items():
+                            self.assertEqual((await self.get(run.url + path)).status, status)
+                        answer = await self.ask(run.url)
+                        self.assertEqual(answer.error["code"], "server_draining")
+                        self.has(answer.headers, retry_after="1", connection="close")
+                        go.set()
+                        self.assertTrue((await response.read()).endswith(DONE))
+                    self.assertIn(b'"id": "a"', (await listing).body)
+                    self.assertEqual(await run.end(), 0)
+            self.assertNotIn("outcome=", run.out, "log lines are no output")
+        for each in pipes.values():
+            self.assertFalse(fcntl.fcntl(each, fcntl.F_GETFL) & os.O_NONBLOCK)
 
     async def test_deadline(self) -> None:
         """Those left at the deadline are told: in-band, or by 503 if nothing was sent yet; a
         stalled reader holds nobody up."""
 
-        async def flood(call: Call) -> None:
+        async def floods(call: Call) -> None:
             await call.start()
-            while not call.gone.is_set():
-                await call.send(framed(HELLO_CHUNK) * 500)
+            while True:
+                await call.send(framed(SAID) * 500)
 
-        async def mixed(call: Call) -> None:
-            await {"a": silent, "b": stalls, "c": flood}[call.body["model"]](call)
-
-        env = {"OPENAI_MODEL": "a,b,c", "CHATSTREAM_DRAIN_SECONDS": "0.5"}
-        async with upstream(mixed) as up, program(OPENAI_BASE_URL=up.url, **env) as run:
-            body = json.dumps(HELLO | {"model": "c"})
-            stalled = self.client.post(run.url + "/stream", data=body, headers=JSON)
-            slow = self.client.post(run.url + "/stream", data=body, headers=JSON)
-            async with stalled, slow as slow_answer:
-                asks = [self.ask(run.url, HELLO | {"model": model}) for model in "ab"]
-                tasks = [asyncio.ensure_future(each) for each in asks]
-                await self.eventually(lambda: len(up.calls) == 4)
-                started = time.monotonic()
-                end = asyncio.ensure_future(run.end(signal.SIGTERM))
-                await asyncio.sleep(1)  # after the deadline it reads on
-                last = (await slow_answer.read())[-300:]
-                self.assertEqual(await end, 0)
-                self.assertLess(time.monotonic() - started, 2.5)
-                silent_one, begun = await asyncio.gather(*tasks)
-        self.assertIn(b'"code": "server_draining"', last)
-        self.assertEqual((silent_one.status, silent_one.error["code"]), (503, "server_draining"))
-        self.assertEqual((begun.status, begun.error["code"]), (200, "server_draining"))
+        replies = {"a": silent, "b": stalls, "c": floods}
+        env = {"OPENAI_MODEL": "a,b,c", "CHATSTREAM_DRAIN_SECONDS": "0.4"}
+        async with upstream(lambda call: replies[call.body["model"]](call)) as up:
+            async with program(OPENAI_BASE_URL=up.url, **env) as run:
+                async with self.post(run.url, "c"), self.post(run.url, "c") as slow:
+                    asks = (self.ask(run.url, HELLO | {"model": model}) for model in "ab")
+                    told = asyncio.gather(*asks)
+                    await self.eventually(lambda: len(up.calls) == 4)
+                    started = time.monotonic()
+                    end = asyncio.ensure_future(run.end(signal.SIGTERM))
+                    await asyncio.sleep(0.7)  # after the deadline it reads on
+                    self.assertIn(b'"code": "server_draining"', (await slow.read())[-300:])
+                    self.assertEqual(await end, 0)
+                    self.assertLess(time.monotonic() - started, PATIENCE / 2)
+                    ends = [(each.status, each.error["code"]) for each in await told]
+        self.assertEqual(ends, [(503, "server_draining"), (200, "server_draining")])
         self.assertEqual(run.err.count("outcome=drained"), 4)
-        self.assertNotIn("ResourceWarning", run.err)
-        self.assertNotIn("Traceback", run.err)
+
+    async def test_the_first_verdict_stays(self) -> None:
+        """A stream that is ended for one reason is not told another: not when its upstream's
+        time is up and the drain's, too, since the machine was asleep."""
+        env = {"CHATSTREAM_IDLE_SECONDS": "0.8", "CHATSTREAM_DRAIN_SECONDS": "1.5"}
+        async with upstream(stalls) as up, program(OPENAI_BASE_URL=up.url, **env) as run:
+            async with self.post(run.url) as response:
+                await asyncio.sleep(0.3)
+                run.process.send_signal(signal.SIGTERM)
+                await self.until(run.url, is_open=False)
+                run.process.send_signal(signal.SIGSTOP)
+                await asyncio.sleep(1.6)
+                run.process.send_signal(signal.SIGCONT)
+                self.assertIn(b"upstream_timeout", await response.read())
 
     async def test_second_signal(self) -> None:
         """A second signal ends it at once, with status 1."""
         async with upstream(stalls) as up, program(OPENAI_BASE_URL=up.url) as run:
-            async with self.post(run.url) as response:
-                await response.content.readuntil(b"\n\n")
+            async with self.post(run.url):
                 run.process.send_signal(signal.SIGINT)
-                await self.until_closed(run.url)
+                await self.until(run.url, is_open=False)
                 started = time.monotonic()
                 self.assertEqual(await run.end(signal.SIGINT), 1)
-                self.assertLess(time.monotonic() - started, 0.5)
-
-    async def test_without_loop_signal_handlers(self) -> None:
-        """It drains on a loop without signal handlers too, as Windows has it."""
-        code = (
-            "import asyncio, sys, chatstream\n"
-            "def refuse(*_): raise NotImplementedError\n"
-            "asyncio.SelectorEventLoop.add_signal_handler = refuse\n"
-            "sys.exit(chatstream.main())"
-        )
-        async with running(["-c", code], {}) as run:
-            self.assertEqual(await run.end(signal.SIGINT), 0)
-            self.assertNotIn("Traceback", run.err)
-
-
-# ---- What a hard look found --------------------------------------------------------------
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
-
-
-ENCRYPTED_KEY = """-----BEGIN ENCRYPTED PRIVATE KEY-----
-MIHsMFcGCSqGSIb3DQEFDTBKMCkGCSqGSIb3DQEFDDAcBAiAP1+rM55x/QICCAAw
-DAYIKoZIhvcNAgkFADAdBglghkgBZQMEAQIEEBxehlN2Doy6CVk9YrLXpoMEgZAJ
-P+qjrOfzXY9cF9REp3LdoHfPzDqMvIzFFaYZSEPFMKdJXmvdTV3WwPE4jMTCrh5k
-Z9m3zUCucyYv4NgwnuE6OPgqM461jjBVx8thgPgxmnZzpIDkkNKoMadZBgA2INpF
-OO9c4IYBfr/+E9S//fa/Jw8dcvfu1jHpe8bF/pXfKUOLp7MYYmlJTNORg2xuK9o=
------END ENCRYPTED PRIVATE KEY-----
-"""
-
-
-class HardLook(Case):
-    """Nothing hangs on stdout, on file limits or on a broken peer."""
-
-    @asynccontextmanager
-    async def shell(
-        self,
-        line: str,
-        up: Upstream,
-        stdout: int = subprocess.PIPE,
-        stderr: int = subprocess.PIPE,
-        /,
-        **environment: str,
-    ) -> AsyncIterator[Program]:
-        """A shell that runs this line, PROGRAM in it being chatstream on a port of our choice."""
-        port = free_port()
-        env = clean_environment(OPENAI_BASE_URL=up.url, CHATSTREAM_PORT=str(port), **environment)
-        line = line.replace("PROGRAM", f"exec {shlex.quote(sys.executable)} chatstream.py")
-        process = await asyncio.create_subprocess_shell(
-            line, cwd=HERE, env=env, stdout=stdout, stderr=stderr
-        )
-        run = Program(process, io.BytesIO())
-        run.url = f"http://127.0.0.1:{port}"
-        try:
-            async with asyncio.timeout(PATIENCE):
-                while True:
-                    with suppress(aiohttp.ClientError):
-                        await (await self.client.get(run.url + "/healthz")).read()
-                        break
-                    await asyncio.sleep(0.02)
-            yield run
-        finally:
-            with suppress(ProcessLookupError):
-                process.kill()
-            await process.communicate()
-
-    async def test_broken_outputs(self) -> None:
-        """Whatever becomes of stdout and stderr, a shutdown still waits for its streams."""
-        go = asyncio.Event()
-
-        async def reply(call: Call) -> None:
-            await call.start()
-            await call.send(delta(content="Once"))
-            await go.wait()
-            await call.send(TAIL)
-
-        for redirect in (">/dev/full 2>/dev/full", "1>&- 2>&-", "2>&-"):
-            go.clear()
-            async with upstream(reply) as up:
-                env = {"PYTHONIOENCODING": "ascii", "OPENAI_MODEL": "模型"}
-                async with self.shell(f"PROGRAM {redirect}", up, **env) as run:
-                    async with self.post(run.url) as response:
-                        await response.content.readany()
-                        run.process.send_signal(signal.SIGTERM)
-                        await asyncio.sleep(0.1)
-                        go.set()
-                        self.assertTrue((await response.read()).endswith(DONE), redirect)
-                    out, _ = await asyncio.wait_for(run.process.communicate(), PATIENCE)
-                    self.assertEqual(run.process.returncode, 0, redirect)
-                    self.assertNotIn(b"outcome=", out, "log lines are no output")
-
-    async def test_outputs_that_nobody_reads(self) -> None:
-        """A pipe whose reader has gone or sleeps: lines are dropped, and it drains all the same."""
-        gone, stdout = os.pipe()
-        os.close(gone)  # as `| head -1` does
-        asleep, stderr = os.pipe()
-        async with upstream(says("Hi")) as up:
-            async with self.shell("PROGRAM", up, stdout, stderr) as run:
-                for _ in range(30):  # 64 KB fill a pipe
-                    asks = (self.ask(run.url, b"{", X_Request_Id="x" * 128) for _ in range(20))
-                    await asyncio.gather(*asks)
-                self.assertEqual((await self.ask(run.url)).payloads[-1], b"[DONE]")
-                run.process.send_signal(signal.SIGTERM)
-                self.assertEqual(await asyncio.wait_for(run.process.wait(), PATIENCE), 0)
-        for each in (stdout, asleep, stderr):
-            os.close(each)
-
-    async def test_open_files(self) -> None:
-        """With few open files fewer streams are admitted, one line says so, and those that are
-        run; asyncio does not fill the log."""
-        async with upstream(stalls) as up:
-            async with self.shell("ulimit -n 104; PROGRAM", up) as run:
-                metrics = await self.metrics(run.url)
-                self.assertEqual(metrics["chatstream_max_streams"], 20)
-                connector = aiohttp.TCPConnector(limit=0)
-                async with aiohttp.ClientSession(connector=connector) as client:
-                    asks = [client.post(run.url + "/stream", json=HELLO) for _ in range(30)]
-                    answers = await asyncio.gather(*asks)
-                    statuses = sorted(answer.status for answer in answers)
-                    self.assertEqual(statuses, [200] * 20 + [503] * 10)
-                    for answer in answers:
-                        answer.close()
-                run.process.send_signal(signal.SIGTERM)
-                _, log = await asyncio.wait_for(run.process.communicate(), PATIENCE)
-        self.assertIn(b"104 open files allow 20 streams; 1000 need ulimit -n 2064", log)
-        self.assertNotIn(b"Traceback", log)
-
-    async def test_no_files_for_the_upstream(self) -> None:
-        """It is not the model server's fault, and not told or counted as such."""
-        async with upstream(says("Hi")) as up:
-            async with self.shell("ulimit -n 72; PROGRAM", up) as run:
-                address = ("127.0.0.1", urlsplit(run.url).port or 0)
-                others = []
-                while len(os.listdir(f"/proc/{run.process.pid}/fd")) < 72:
-                    others.append(socket.create_connection(address))
-                    await asyncio.sleep(0.005)
-                answer = await self.ask(run.url)  # on the connection that is open
-                self.assertEqual((answer.status, answer.error["code"]), (503, "too_many_streams"))
-                for each in others:
-                    each.close()
-                await asyncio.sleep(1.2)  # asyncio pauses its accepting for a second
-                metrics = await self.metrics(run.url)
-                self.assertEqual(metrics['chatstream_streams_total{outcome="rejected"}'], 1)
-                run.process.send_signal(signal.SIGTERM)
-                _, log = await asyncio.wait_for(run.process.communicate(), PATIENCE)
-        self.assertLess(log.count(b"out of system resource"), 4)
-
-    def test_quiet(self) -> None:
-        """Of a connection without an open file asyncio tells once a second at the most."""
-        quiet, made = chatstream.Quiet(), logging.makeLogRecord
-        info = (OSError, OSError(errno.EMFILE, "x"), None)
-        told = [quiet(made({"exc_info": info, "created": t})) for t in (5.0, 5.1, 5.9, 7.0)]
-        self.assertEqual(told, [True, False, False, True])
-        self.assertTrue(quiet(made({"created": 7.1})))
-
-    async def test_http_1_0(self) -> None:
-        """A client of HTTP/1.0 gets an answer that ends with the connection, whatever it asks."""
-        body = json.dumps(HELLO).encode()
-        head = b"POST /stream HTTP/1.0\r\nHost: localhost\r\nConnection: keep-alive\r\n"
-        head += b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
-        paced = sends(framed(HELLO_CHUNK), TAIL)
-        async with upstream(paced) as up, serving(up) as url:
-            for data in (head + body, b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n"):
-                reader, writer = await asyncio.open_connection("127.0.0.1", urlsplit(url).port)
-                writer.write(data)
-                answer = await asyncio.wait_for(reader.read(), PATIENCE)
-                self.assertIn(b"200 OK", answer)
-                writer.close()
-
-    async def test_models_in_flight(self) -> None:
-        """A shutdown waits for a list of models that is being asked for."""
-        go = asyncio.Event()
-
-        async def reply(call: Call) -> None:
-            await go.wait()
-            await fails(200, b'{"data":[{"id":"a"}]}')(call)
-
-        async with upstream(reply) as up:
-            async with program(OPENAI_BASE_URL=up.url, OPENAI_MODEL="*") as run:
-                listing = asyncio.ensure_future(self.client.get(run.url + "/v1/models"))
-                await self.eventually(lambda: up.calls)
-                run.process.send_signal(signal.SIGTERM)
-                await asyncio.sleep(0.1)
-                go.set()
-                response = await listing
-                self.assertEqual((await response.json())["data"][0]["id"], "a")
-                self.assertEqual(await run.end(), 0)
-        self.assertNotIn("Traceback", run.err)
-
-    async def test_bodies_that_never_arrive(self) -> None:
-        """They count against the limit of streams, but not as active ones."""
-        head = b"POST /stream HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        head += b"Content-Length: 10\r\n\r\n{"
-        async with serving(base_url="http://127.0.0.1:1/v1", max_streams=2) as url:
-            writers = []
-            for _ in range(2):
-                _, writer = await asyncio.open_connection("127.0.0.1", urlsplit(url).port)
-                writer.write(head)
-                writers.append(writer)
-            await asyncio.sleep(0.1)
-            self.assertEqual((await self.ask(url)).error["code"], "too_many_streams")
-            self.assertEqual((await self.metrics(url))["chatstream_active_streams"], 0)
-            for writer in writers:
-                writer.close()
-
-    async def test_bytes_in_headers(self) -> None:
-        """Bytes that are no ASCII do no harm: neither in a token nor in an upstream's header."""
-        head = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer \xff\r\n\r\n"
-        async with serving(base_url="http://127.0.0.1:1/v1", token="t") as url:
-            self.assertIn(b" 401 ", await self.raw(url, head))
-
-        async def reply(call: Call) -> None:
-            await call.raw(b"HTTP/1.1 429 X\r\nx-ratelimit-x: \xff\r\nContent-Length: 0\r\n\r\n")
-
-        answer = await self.ask_through(reply)
-        self.assertEqual(answer.status, 429)
-        self.assertNotIn("x-ratelimit-x", answer.headers)
-
-    async def test_the_first_verdict_stays(self) -> None:
-        """A stream that is stopped for one reason is not told another."""
-
-        async def stopped_twice() -> Any:
-            stream = chatstream.Stream(Any, chatstream.Relay(1), "id", 0.0)  # type: ignore[arg-type]
-            for code in ("upstream_timeout", "server_draining"):
-                stream.stop(chatstream.Failure(code))
-            with suppress(asyncio.CancelledError):
-                await asyncio.sleep(PATIENCE)
-            return stream.verdict and stream.verdict.code
-
-        self.assertEqual(await asyncio.create_task(stopped_twice()), "upstream_timeout")
-
-    async def test_encrypted_key(self) -> None:
-        """A key with a password is refused; nobody is asked for it."""
-        with certificate() as (cert, key):
-            Path(key).write_text(ENCRYPTED_KEY)
-            env = {"CHATSTREAM_TLS_CERT": cert, "CHATSTREAM_TLS_KEY": key}
-            async with running(["chatstream.py"], env) as run:
-                self.assertEqual(await run.end(), 2)
-            self.assertIn("without a password", run.err)
-
-    async def test_messages_for_people(self) -> None:
-        """Key, token and the upstream's own host:port are blotted out, and nothing else is."""
-        rows = {
-            "retry in 10.24 seconds": "retry in 10.24 seconds",
-            "no model at /v1/chat/completions": "no model at /v1/chat/completions",
-            "see HOST": "see ***",
-            "key key-12345 and x": "key *** and x",
-        }
-        for said, told in rows.items():
-            async with upstream(silent) as up:
-                message = said.replace("HOST", urlsplit(up.url).netloc)
-                up.reply = fails(400, json.dumps({"error": {"message": message}}).encode())
-                async with serving(up, api_key="key-12345", token="x") as url:
-                    answer = await self.ask(url, Authorization="Bearer x")
-                self.assertEqual(answer.error["message"], told)
-        detail = b'{"detail":[{"loc":["body"],"msg":"Field required"}]}'
-        answer = await self.ask_through(fails(422, detail))
-        self.assertEqual(answer.error["message"], "Field required")
-
-    async def test_refusal_whose_body_stalls(self) -> None:
-        """It is told with its status and headers, soon, and no heartbeat makes it a 200."""
-
-        async def reply(call: Call) -> None:
-            await call.start(429, "application/json", retry_after="7")
-            await call.send(b"{")
-            await call.gone.wait()
-
-        answer = await self.ask_through(reply, heartbeat_seconds=0.1)
-        self.assertEqual((answer.status, answer.headers["Retry-After"]), (429, "7"))
-        self.assertEqual(answer.error["message"], "The model server refused the request.")
-
-    def test_loopback_has_no_proxy(self) -> None:
-        """Whatever no_proxy says, what is asked of a model on this machine stays on it."""
-        with mock_environment(http_proxy="http://127.0.0.1:9", no_proxy="example.com"):
-            for host in ("localhost:1", "127.0.0.9", "[::1]:8", "example.com"):
-                self.assertIsNone(chatstream.environment_proxy(f"http://{host}/v1"))
-            proxy = chatstream.environment_proxy("http://elsewhere.example/v1")
-            self.assertEqual(proxy, "http://127.0.0.1:9")
-
-    async def test_where_the_page_lies(self) -> None:
-        """Started through a link it finds its page; a page that is no UTF-8 is one line."""
-        with tempfile.TemporaryDirectory() as folder:
-            Path(folder, "link.py").symlink_to(HERE / "chatstream.py")
-            async with running([str(Path(folder, "link.py"))], {}) as run:
-                self.assertEqual(await run.end(signal.SIGTERM), 0)
-            shutil.copy(HERE / "chatstream.py", folder)
-            Path(folder, "index.html").write_bytes(b"\xff")
-            async with running([str(Path(folder, "chatstream.py"))], {}) as run:
-                self.assertEqual(await run.end(), 2)
-            self.assertEqual(len(run.err.splitlines()), 1, run.err)
-
-    async def test_off_the_main_thread(self) -> None:
-        """There are no signals to be had there: it fails at once, and leaves nothing open."""
-        settings = Settings(port=0)
-        with self.assertRaises(ValueError), warnings.catch_warnings():
-            warnings.simplefilter("error", ResourceWarning)
-            await asyncio.to_thread(asyncio.run, chatstream.serve(settings))
-            gc.collect()
-
-    async def test_long_integers(self) -> None:
-        """Python reads no integer above 4,300 digits: refused, in words that are true."""
-        digits = b"1" * 5000
-        async with upstream(sends(framed(b'{"choices":[],"n":%b}' % digits))) as up:
-            async with serving(up) as url:
-                answer = await self.ask(url, b'{"messages":[{"role":"user"}],"n":%b}' % digits)
-                self.assertEqual(answer.error["code"], "invalid_json")
-                self.assertIn("integers to 4,300 digits", answer.error["message"])
-                self.assertEqual((await self.ask(url)).error["code"], "upstream_invalid")
-
-    async def test_leaving_the_demo(self) -> None:
-        """Who stops the demo's answer leaves no traceback in the log."""
-        async with program() as run:
-            async with self.post(run.url) as response:
-                await response.content.readany()
-            metrics: dict[str, float] = {}
-            while not metrics.get('chatstream_streams_total{outcome="client_gone"}'):
-                metrics = await self.metrics(run.url)
-            await asyncio.sleep(0.1)  # more than a word of the demo takes
-            self.assertEqual(await run.end(signal.SIGTERM), 0)
-        self.assertNotIn("Traceback", run.err)
-
-    async def test_our_own_fault(self) -> None:
-        """A bug of ours is a 500, counted `failed`, and no fault of the client's."""
-        async with upstream(says("Hi")) as up, serving(up) as url:
-            check, chatstream.check_chat = chatstream.check_chat, None  # type: ignore[assignment]
-            try:
-                with self.assertLogs("chatstream", "ERROR"):
-                    answer = await self.ask(url)
-            finally:
-                chatstream.check_chat = check
-            self.assertEqual((answer.status, answer.error["code"]), (500, "internal_error"))
-            metrics = await self.metrics(url)
-            self.assertEqual(metrics['chatstream_streams_total{outcome="failed"}'], 1)
+                self.assertLess(time.monotonic() - started, PATIENCE / 4)
 
 
 # ---- A browser ---------------------------------------------------------------------------
@@ -3012,240 +2276,91 @@ class Conversation(PageCase):
 
 
 # ---- The README --------------------------------------------------------------------------
-# Whatever can be read off the code is compared with it, so that no sentence there can become
-# false unseen.
+# What can be read off the code is compared with it, so that it cannot become false unseen.
 
 
-class Readme:
-    """The README, taken apart."""
+class Readme(Case):
+    """What the README says is what the code says, and what the demo really prints."""
 
-    def __init__(self) -> None:
-        self.text = (HERE / "README.md").read_text(encoding="utf-8")
+    text = (HERE / "README.md").read_text(encoding="utf-8")
 
-    def part(self, start: str, end: str = "\n## ") -> str:
-        """The text from a heading (or a summary) on, up to the next one."""
-        _, found, rest = self.text.partition(start)
-        assert found, f"README.md has no {start!r}"
-        return rest.partition(end)[0]
-
-    def rows(self, start: str, end: str = "\n## ") -> list[list[str]]:
-        """The rows of the first table in that part."""
-        _, bar, rest = self.part(start, end).partition("\n|")
-        table = (bar + rest).partition("\n\n")[0].strip().splitlines()
-        return [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:]]
+    def rows(self, start: str) -> list[list[str]]:
+        """The rows of the first table after this."""
+        self.assertIn(start, self.text)
+        table = self.text.partition(start)[2].partition("\n|")[2].partition("\n\n")[0]
+        lines = table.partition("\n</details>")[0].splitlines()[2:]
+        return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
     def blocks(self, language: str) -> list[str]:
         return re.findall(rf"^```{language}\n(.*?)^```", self.text, re.DOTALL | re.MULTILINE)
 
-
-def code(cell: str) -> list[str]:
-    """The words in backticks."""
-    return re.findall(r"`([^`]+)`", cell)
-
-
-def settings_rows() -> list[list[str]]:
-    rows = []
-    for each in dataclasses.fields(Settings):
-        default = each.default
-        shown = ",".join(default) if isinstance(default, tuple) else str(default).removesuffix(".0")
-        shown = "https://api.openai.com/v1" if each.name == "base_url" else shown.lower()
-        what = each.metadata["what"].partition("; if unset")[0]
-        rows.append([f"`{chatstream.variable(each.name)}`", f"`{shown}`" if shown else "–", what])
-    return rows
-
-
-def as_table(rows: list[list[str]]) -> str:
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
-
-
-class ReadmeTables(unittest.TestCase):
-    """The tables of the README say what the code says."""
-
-    readme = Readme()
-
-    def compare(self, found: list[Any], true: list[Any]) -> None:
-        """Fails with a diff whose + lines are what the README should say."""
-        if found != true:
-            lines = difflib.ndiff(as_table(found).splitlines(), as_table(true).splitlines())
-            self.fail("README.md should say:\n" + "\n".join(lines))
-
     def test_settings(self) -> None:
         """The settings table is the dataclass: every variable, its default, what it does."""
-        self.compare(self.readme.rows("## Settings"), settings_rows())
+        true = []
+        for each in fields(Settings):
+            default = each.default
+            shown = ",".join(default) if isinstance(default, tuple) else str(default).lower()
+            what, _, unset = each.metadata["what"].partition("; if unset ")
+            cell = unset or shown.removesuffix(".0")
+            true.append([f"`{chatstream.variable(each.name)}`", f"`{cell}`" if cell else "–", what])
+        self.assertEqual(self.rows("## Settings"), true)
 
     def test_routes(self) -> None:
         """The routes of the README are the route table."""
-        routes = {(method, path) for path, (method, _) in chatstream.ROUTES.items()}
-        told = [code(row[0])[0].split() for row in self.readme.rows("## Routes")]
-        self.assertEqual({(method, path) for method, path in told}, routes)
+        told = {tuple(row[0].strip("`").split()) for row in self.rows("## Routes")}
+        true = {(method, path) for path, (method, _) in chatstream.ROUTES.items()}
+        self.assertEqual(told, true)
 
     def test_errors(self) -> None:
         """The error table is ERRORS: every code, with its status."""
-        rows = self.readme.rows("<summary>Errors", "</details>")
-        told = {each: row[0] for row in rows for each in code(row[1])}
-        true = {each: str(row[0]) for each, row in chatstream.ERRORS.items()}
+        rows = self.rows("<summary>Errors")
+        told = {code: row[0] for row in rows for code in re.findall(r"`(\w+)`", row[1])}
+        true = {code: str(row[0]) for code, row in chatstream.ERRORS.items()}
         self.assertEqual(told, true | {"upstream_rejected": "the upstream's"})
 
-    def test_first_lines(self) -> None:
-        """Both commands, run and test, stand in the first ten lines of the README."""
-        head = "\n".join(self.readme.text.splitlines()[:10])
+    def test_first_commands(self) -> None:
+        """Both commands, run and test, stand in the first ten lines; it asks for the aiohttp
+        that the module asks for."""
+        head = "\n".join(self.text.splitlines()[:10])
         for command in ("python chatstream.py", "python -m unittest"):
             self.assertIn(command, head)
-
-    def test_requirement(self) -> None:
-        """The README asks for the aiohttp that the module asks for."""
         module = (HERE / "chatstream.py").read_text(encoding="utf-8")
         wanted = re.findall(r'^# dependencies = \["(.+)"\]', module, re.MULTILINE)
-        self.assertEqual(set(re.findall(r"aiohttp[<>=][^\"'\]]*", self.readme.text)), set(wanted))
-
-    def test_upstreams(self) -> None:
-        """Each of the README's lines for a real model is a set-up that the server accepts."""
-        lines = [
-            line
-            for block in self.readme.blocks("sh")
-            for line in block.splitlines()
-            if line.startswith("OPENAI_")
-        ]
-        self.assertGreaterEqual(len(lines), 7)
-        for line in lines:
-            with self.subTest(line):
-                words = shlex.split(line.replace("…", "x"), comments=True)
-                split = words.index("python")
-                self.assertEqual(words[split:], ["python", "chatstream.py"])
-                environ = dict(word.split("=", 1) for word in words[:split])
-                settings = chatstream.read_settings(environ, [])
-                self.assertTrue(settings.api_key or settings.base_url, "that is the demo")
-                known = {chatstream.variable(each.name) for each in dataclasses.fields(Settings)}
-                self.assertLessEqual(set(environ), known)
-
-    def test_kubernetes(self) -> None:
-        """The Kubernetes part fits the program: port, routes, drain, metrics, variables."""
-        yaml = "\n".join(self.readme.blocks("yaml"))
-        found: Any = lambda pattern: re.findall(pattern, yaml)  # noqa: E731
-        default = Settings(base_url="http://127.0.0.1:1/v1")
-        self.assertEqual(found(r"containerPort: (\d+)"), [str(default.port)])
-        self.assertEqual(sorted(found(r"httpGet: {path: (\S+),")), ["/healthz", "/readyz"])
-        drains = found(r'name: CHATSTREAM_DRAIN_SECONDS, value: "(.+)"')
-        drain = float(drains[0]) if drains else default.drain_seconds
-        (grace,) = found(r"terminationGracePeriodSeconds: (\d+)")
-        (asleep,) = found(r"preStop:\s+sleep: {seconds: (\d+)}")
-        self.assertGreaterEqual(int(grace), int(asleep) + drain + 5)
-        ((port, path),) = found(r"url: http://chatstream\.default\.svc\.cluster\.local:(\d+)(\S+)")
-        self.assertEqual(port, str(default.port))
-        self.assertIn(path, chatstream.ROUTES)
-        text = chatstream.Metrics().text(Chatstream(Settings()))
-        for metric in found(r"valueLocation: (\S+)") + found(r"metric: {name: (\S+)}"):
-            self.assertIn(f"\n{metric} 0\n", text)
-        known = {chatstream.variable(each.name) for each in dataclasses.fields(Settings)}
-        self.assertLessEqual(set(found(r"name: ((?:CHATSTREAM|OPENAI)_\w+)")), known)
-        # A Service named chatstream would set CHATSTREAM_PORT to an address, in every pod.
-        self.assertIn("enableServiceLinks: false", yaml)
-        for promise in ("runAsNonRoot: true", "readOnlyRootFilesystem: true"):
-            self.assertIn(promise, yaml)
-
-
-class ReadmeTranscripts(Case):
-    """The shell transcripts of the README are what the demo really says."""
+        self.assertEqual(set(re.findall(r"aiohttp[<>=][^\"'\]]*", self.text)), set(wanted))
 
     async def test_transcripts(self) -> None:
-        """Each `$ curl …` of the README, run against the demo, prints what stands below it."""
+        """Each `$ curl …`, run against the demo, prints what stands below it; … stands for
+        anything, and on a line of its own for any lines."""
         if not shutil.which("curl"):
             self.skipTest("missing: curl")
-        text = "".join(Readme().blocks("console"))
-        steps = re.findall(r"^\$ (.+)\n((?:(?!\$ ).*\n)*)", text, re.MULTILINE)
+        steps = re.findall(r"(?m)^\$ (.+)\n((?:(?!\$ ).*\n)*)", "".join(self.blocks("console")))
         self.assertGreaterEqual(len(steps), 5)
         async with program() as run:
-            assert run.process.stdout
+            lines = [run.out.encode(), *[await run.process.stdout.readline() for _ in range(3)]]
             for command, expected in steps:
                 with self.subTest(command):
-                    if command == "python chatstream.py":
-                        rest = [await run.process.stdout.readline() for _ in range(3)]
-                        actual = run.out + b"".join(rest).decode()
-                    else:
-                        actual = await self.shell(command, run.url)
-                    matches = re.fullmatch(self.pattern(expected, run.url), actual)
-                    self.assertTrue(matches, f"README.md should say:\n{actual[:600]}")
+                    printed = b"".join(lines)
+                    if command != "python chatstream.py":
+                        here = command.replace("localhost:8080", run.url[7:])
+                        shell = asyncio.create_subprocess_shell
+                        process = await shell(here, stdout=subprocess.PIPE)
+                        printed, _ = await asyncio.wait_for(process.communicate(), PATIENCE)
+                    pattern = re.escape(expected.replace("http://127.0.0.1:8080", run.url))
+                    pattern = pattern.replace("…\\\n", "(?:.*\n)*?").replace("…", ".*")
+                    matches = re.fullmatch(pattern.removesuffix("\\\n") + "\n*", printed.decode())
+                    self.assertTrue(matches, f"README.md should say:\n{printed[:600].decode()}")
 
-    async def test_no_network(self) -> None:
-        """The demo needs no network: it answers where the environment names a proxy, too."""
-        async with program(http_proxy="http://127.0.0.1:9", no_proxy="") as run:
-            answer = await self.ask(run.url, HELLO | {"model": "demo-error"})
-        self.assertEqual(answer.status, 200)
-
-    async def shell(self, command: str, address: str) -> str:
-        port = address.rpartition(":")[2]
-        shell = await asyncio.create_subprocess_shell(
-            command.replace("localhost:8080", f"127.0.0.1:{port}"),
-            env=clean_environment(),
-            stdout=subprocess.PIPE,
-        )
-        output, _ = await asyncio.wait_for(shell.communicate(), PATIENCE)
-        return output.decode()
-
-    def pattern(self, expected: str, address: str) -> str:
-        """The README's … stands for anything; a line of its own for any lines."""
-        exact = re.escape(expected.replace("http://127.0.0.1:8080", address))
-        exact = exact.replace("…\\\n", "(?:.*\n)*?").replace("…", ".*")
-        return exact.removesuffix("\\\n") + "\n*"
-
-
-# ---- The start, where something is missing -----------------------------------------------
-
-QUIET: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-
-
-class Missing(unittest.TestCase):
-    """Where it cannot start, it says why in one line, and what to do."""
-
-    def start(self, *command: str, cwd: Path = HERE, **variables: str) -> str:
-        """What stands on stderr after a start that fails: one line, no traceback."""
-        done = subprocess.run(
-            [*command, "chatstream.py"],
-            cwd=cwd,
-            env=clean_environment(PYTHONDEVMODE="", **variables),
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-            check=False,
-        )
-        self.assertIn(done.returncode, (1, 2), done.stderr)
-        self.assertEqual((done.stdout, len(done.stderr.splitlines())), ("", 1), done.stderr)
-        return done.stderr
-
-    def test_no_page(self) -> None:
-        """A module copied without its page says that index.html belongs beside it."""
-        with tempfile.TemporaryDirectory() as folder:
-            shutil.copy(HERE / "chatstream.py", folder)
-            said = self.start(sys.executable, cwd=Path(folder))
-        self.assertIn("index.html", said)
-
-
-# ---- A real client -----------------------------------------------------------------------
-# The other neighbours (nginx, HAProxy, Prometheus, the SDK for JavaScript, llama.cpp) are met by
-# `.ci/neighbours.py`.
-
-
-class PythonSDK(Case):
-    """OpenAI's own SDK for Python is a client of it."""
-
-    async def test_example_of_the_readme(self) -> None:
-        """The README's Python example prints the demo's answer."""
+    async def test_python_sdk(self) -> None:
+        """OpenAI's own SDK is a client of it: the Python example prints the demo's answer. (Other
+        neighbours, from nginx to llama.cpp, are met by `.ci/neighbours.py`.)"""
         if not importlib.util.find_spec("openai"):
             self.skipTest("missing: the Python package openai")
-        (example,) = Readme().blocks("python")
+        (example,) = self.blocks("python")
         async with program() as demo:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-c",
-                example.replace("http://localhost:8080", demo.url),
-                env=clean_environment(PYTHONDEVMODE=""),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-            )
-            output, _ = await asyncio.wait_for(process.communicate(), PATIENCE)
-        self.assertEqual(process.returncode, 0, output.decode())
-        self.assertIn("Hello from the demo", output.decode())
-        self.assertIn("> Hello", output.decode())
+            example = example.replace("http://localhost:8080", demo.url)
+            async with running(["-c", example], {"PYTHONDEVMODE": ""}) as client:
+                self.assertEqual(await client.end(), 0, client.err)
+        self.assertIn("# Hello from the demo", client.out)
 
 
 if __name__ == "__main__":
