@@ -2288,7 +2288,7 @@ class Page:
             await self.until(f"document.body.innerText.includes({json.dumps(word)})")
 
     async def text(self) -> str:
-        return str(await self.run("$('log').innerText"))
+        return str(await self.run("$.log.innerText"))
 
     async def all(self, role: str, name: str) -> list[int]:
         root = (await self.call("DOM.getDocument", depth=0))["root"]["nodeId"]
@@ -2335,7 +2335,7 @@ class Page:
     async def ask(self, text: str = "Hello") -> None:
         """Send a message and wait until its answer has ended, however it did."""
         await self.send(text)
-        await self.until("$('log').ariaBusy === 'false'")
+        await self.until("$.log.ariaBusy === 'false'")
 
     async def reload(self) -> None:
         await self.run("window.before = true")
@@ -2420,7 +2420,7 @@ MARKDOWN = {
     "1. a\n   - b\n2. c": "<ol><li>a<ul><li>b</li></ul></li><li>c</li></ol>",
     "1. a\n  - b\n\n2. c": "<ol><li>a<ul><li>b</li></ul></li><li>c</li></ol>",
     "7. a\n8. b": '<ol start="7"><li>a</li><li>b</li></ol>',
-    "- a\n\n  b\n- c\nd": "<ul><li><p>a</p><p>b</p></li><li>c<br>d</li></ul>",
+    "- a\n\n  b\n- c\nd": "<ul><li>a<p>b</p></li><li>c<br>d</li></ul>",
     "In the year\n2024. it was": "<p>In the year<br>2024. it was</p>",
     "> a\n> - b\n>\n> c\n\nd":
         "<blockquote><p>a</p><ul><li>b</li></ul><p>c</p></blockquote><p>d</p>",
@@ -2449,6 +2449,9 @@ MARKDOWN = {
     "**“重点”**内容，见https://x.y。":
         '<p><strong>“重点”</strong>内容，见<a href="https://x.y">https://x.y</a>。</p>',
     "`` a`b `` and `open": "<p><code>a`b</code> and `open</p>",
+    r"\(a_1*b_2*c\) $x_1*y*z_2$ $5 and $6 \[": r"<p>\(a_1*b_2*c\) $x_1*y*z_2$ $5 and $6 [</p>",
+    "\\[\na *b* c\n\\]": r"<p>\[<br>a *b* c<br>\]</p>",
+    "- [ ] a\n- [x] b\n- [y] c": "<ul><li>☐ a</li><li>☑ b</li><li>[y] c</li></ul>",
 }
 # What must take no time, though it invites trouble: each is repeated to 50,000 characters.
 HOSTILE = [
@@ -2588,7 +2591,7 @@ class Conversation(PageCase):
         page = await self.open()
         await page.send("One")
         await page.until_says("Hel", "Answering…")
-        self.assertEqual(await page.run("$('log').ariaBusy"), "true")
+        self.assertEqual(await page.run("$.log.ariaBusy"), "true")
         more.set()
         await page.until_says("Answer complete", "7 tokens", "First token")
         self.assertIn("Hello", await page.run("document.querySelector('strong').innerText"))
@@ -2615,7 +2618,7 @@ class Conversation(PageCase):
         for reply, words in ((half, "Half of"), (silent, "Answering…")):
             for key in ("", "Escape"):
                 self.up.reply = reply
-                await page.run("$('message').value = ''")
+                await page.run("$.message.value = ''")
                 await page.send("Hello")
                 await page.until_says(words)
                 while not self.up.calls or self.up.calls[-1].gone.is_set():
@@ -2628,7 +2631,7 @@ class Conversation(PageCase):
                 took.append(time.time() - await page.run("window.at") / 1000)
                 await page.until_says("Stopped by you")
                 await page.find("button", "Send")
-                self.assertEqual(await page.run("$('message').value"), "next")
+                self.assertEqual(await page.run("$.message.value"), "next")
                 self.assertEqual(self.sent()[-1], "Hello")
         self.assertEqual(len(self.up.calls), 4)
         self.assertLess(min(took), 0.05)
@@ -2676,7 +2679,8 @@ class Conversation(PageCase):
             "filter": (says("Part", finish="weird"), ["broke off", "weird"], both),
             "cut": (breaks("Part"), ["broke off"], both),
             "in-band": (breaks("Part", error=lost), ["broke off", "GPU lost"], both),
-            "refused": (refuses(400, "Too long."), ["Too long."], {"Retry"}),
+            "refused": (refuses(400, "Too long."), ["No answer: Too long."], {"Retry"}),
+            "lost": (breaks(), ["No answer: "], {"Retry"}),
         }
         # fmt: on
         page = await self.open()
@@ -2688,7 +2692,7 @@ class Conversation(PageCase):
                 for word in words:
                     self.assertIn(word, await page.run("document.body.innerText"))
                 self.assertEqual({b for b in both if await page.all("button", b)}, offers)
-                self.assertEqual("Part" in await page.text(), name != "refused")
+                self.assertEqual("Part" in await page.text(), name not in ("refused", "lost"))
                 self.assertEqual(len(await page.all("alert", "")), int("Retry" in offers))
 
     async def test_continue(self) -> None:
@@ -2757,7 +2761,7 @@ class Conversation(PageCase):
         page = await self.open(token="right")
         await page.send("Secret question")
         for token in ("wrong", "right"):
-            await page.until("document.querySelector('dialog').open && !$('token').value")
+            await page.until("document.querySelector('dialog').open && !$.token.value")
             await page.focus("textbox", "Access token")
             await page.type(token)
             await page.press("Enter")
@@ -2783,7 +2787,7 @@ class Conversation(PageCase):
         await page.type("a draft")
         await page.reload()
         await page.until_says("First", "Hello.", "Second", "Half of", "Interrupted")
-        self.assertEqual(await page.run("$('message').value"), "a draft")
+        self.assertEqual(await page.run("$.message.value"), "a draft")
         await page.find("button", "Continue")
 
     async def test_damaged_storage(self) -> None:
@@ -2823,7 +2827,7 @@ class Conversation(PageCase):
         """With more than one model there is a picker, and what it shows is what is asked."""
         page = await self.open(model=("small", "large"))
         await page.find("combobox", "Model")
-        await page.run("$('model').value = 'large'; $('model').dispatchEvent(new Event('change'))")
+        await page.run("$.model.value = 'large'; $.model.dispatchEvent(new Event('change'))")
         await page.ask()
         self.assertEqual(self.up.calls[0].body["model"], "large")
 
@@ -2847,16 +2851,15 @@ class Conversation(PageCase):
 
     async def test_reasoning_and_tools(self) -> None:
         """Reasoning is folded, once, and not sent back; a refusal shows, tools are named."""
-        parts = [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}]
         both = {"reasoning_content": "hm", "reasoning": "hm"}
         call = {"name": "weather", "arguments": "{}"}
-        for thought in (delta(content=parts), delta(**both), delta(reasoning="hm")):
+        for thought in (delta(**both), delta(reasoning="hm")):
 
             async def reply(to: Call, thought: bytes = thought) -> None:
                 await to.start()
-                await to.send(thought + delta(content=[{"type": "text", "text": "So"}]))
+                await to.send(thought + delta(content="So"))
                 await to.send(delta(tool_calls=[{"index": 0, "function": call}]))
-                await to.send(delta(function_call={"name": "clock", "arguments": ""}))
+                await to.send(delta(tool_calls=[{"function": {"name": "clock"}}]))
                 await to.send(delta(refusal="I will not.") + delta("tool_calls") + DONE)
 
             self.up.reply = reply
@@ -2882,7 +2885,7 @@ class Conversation(PageCase):
 
         self.up.reply = reply
         page = await self.open()
-        gap = "((log) => log.scrollHeight - log.scrollTop - log.clientHeight)($('log'))"
+        gap = "((log) => log.scrollHeight - log.scrollTop - log.clientHeight)($.log)"
         await page.send("Hello")
         await page.until_says("Part 0")
         await page.until(gap + " < 2")
@@ -2900,22 +2903,124 @@ class Conversation(PageCase):
         await page.until(gap + " < 2")
         go.release()
 
-    async def test_wire(self) -> None:
-        """The wire shows each line as it came, with its time, and a plot; it keeps 500 lines."""
-        self.up.reply = says(*["y"] * 600, *["x" * 500] * 5)
+    async def test_undo(self) -> None:
+        """Undo brings back what New chat, Regenerate or Edit took, until the next message."""
         page = await self.open()
-        await page.ask()
+        await page.ask("First")
+        self.assertEqual(await page.all("button", "Undo"), [])
+        await page.ask("Second")
+        whole = [m["content"] for m in await page.run("turns")]
+        self.up.reply = half
+        for name in ("New chat", "Regenerate", "Edit"):
+            with self.subTest(name):
+                await page.focus("button", name, 0)
+                await page.press("Enter")
+                if name == "Edit":
+                    await page.press("Enter")
+                if name != "New chat":
+                    await page.until_says("Half of")
+                await page.click("Undo")
+                self.assertEqual([m["content"] for m in await page.run("turns")], whole)
+                self.assertEqual(await page.all("button", "Undo"), [])
+                self.assertEqual(await page.run("$.log.ariaBusy"), "false")
+        for call in self.up.calls[2:]:
+            await asyncio.wait_for(call.gone.wait(), PATIENCE)
+        await page.click("New chat")
+        self.up.reply = says("Hello.")
+        await page.find("button", "Undo")
+        await page.ask("Third")
+        self.assertEqual(await page.all("button", "Undo"), [])
+
+    async def test_save(self) -> None:
+        """Save hands the conversation over as Markdown; the tab is named by its first message."""
+        page = await self.open()
+        await page.ask("A first question")
+        self.assertTrue((await page.run("document.title")).startswith("A first question"))
+        await page.run("URL.createObjectURL = (blob) => { window.saved = blob; return '#'; }")
+        await page.click("Save")
+        saved = await page.run("saved.text()")
+        self.assertEqual(saved, "## You\n\nA first question\n\n## Assistant\n\nHello.\n")
+        self.assertIn("markdown", await page.run("saved.type"))
+
+    async def test_burst(self) -> None:
+        """600 KB in one event are soon on the page, in steps between which a key gets through."""
+        self.up.reply = says("Some words in a paragraph.\n\n" * 21_000)
+        page = await self.open()
+        await page.run("window.steps = 0; new MutationObserver(() => { steps += 1; })"
+            ".observe($.log, { childList: true, subtree: true })")  # fmt: skip
+        await page.call("Accessibility.disable")
+        started = time.monotonic()
+        await page.type("Hello")
+        await page.press("Enter")
+        await page.until("document.querySelectorAll('.text p').length === 21000")
+        self.assertLess(time.monotonic() - started, PATIENCE)
+        self.assertGreater(await page.run("steps"), 2)
+
+    async def test_motion(self) -> None:
+        """Nothing moves for those who asked for that, and a finger finds 40 px."""
+        self.up.reply = half
+        page = await self.open(width=360, height=740)
+        await page.call("Emulation.setTouchEmulationEnabled", enabled=True)
+        media = [{"name": "prefers-reduced-motion", "value": "reduce"}]
+        await page.call("Emulation.setEmulatedMedia", features=media)
+        await page.send("Hello")
+        await page.until_says("Half of")
+        moves = "document.getAnimations({ subtree: true }).length"
+        self.assertEqual(await page.run(moves), 0)
+        await page.call("Emulation.setEmulatedMedia", features=[])
+        self.assertEqual(await page.run(moves), 1)
+        low = """[...document.querySelectorAll('button, select, summary, textarea')].filter(
+            (one) => one.checkVisibility() && one.getBoundingClientRect().height < 40).length"""
+        self.assertTrue(await page.run("matchMedia('(pointer: coarse)').matches"))
+        self.assertEqual(await page.run(low), 0)
+
+    async def test_first_sight(self) -> None:
+        """The empty page says how to send, what the demo is, and offers messages to click."""
+        page = await self.open(model=("demo", "demo-cut-off"))
+        await page.until_says("This is the demo", "cut off")
+        self.assertIn("Enter sends", await page.run("$.message.placeholder"))
+        await page.click("What are server-sent events?")
+        await page.until_says("Hello.")
+        self.assertEqual(self.sent(), ["What are server-sent events?"])
+        self.assertNotIn("This is the demo", await page.run("document.body.innerText"))
+
+    async def test_wire(self) -> None:
+        """The wire shows each line as it came in a row of its own, the last 500, and their gaps."""
+        go = asyncio.Event()
+
+        async def reply(call: Call) -> None:
+            await call.start()
+            for text in (*["y"] * 600, *["x" * 500] * 5):
+                await call.send(delta(content=text))
+            await go.wait()
+            await call.send(delta("stop") + DONE)
+
+        self.up.reply = reply
+        page = await self.open()
+        await page.send("Hello")
+        await page.until_says("xxxx")
         self.assertEqual(await page.all("complementary", "Wire"), [])
         await page.click("Wire")
-        rows = await page.until(
-            "[...document.querySelectorAll('aside li')].map((e) => e.innerText)"
-        )
+        end = "((b) => b.scrollHeight - b.scrollTop - b.clientHeight)($.lines)"
+        self.assertLess(await page.run(end), 2)
+        go.set()
+        await page.until_says("Answer complete", "[DONE]")
+        self.assertLess(await page.run(end), 2)
+        rows = await page.run("[...document.querySelectorAll('aside li')].map((e) => e.innerText)")
         self.assertEqual(len(rows), 500)
-        self.assertIn("[DONE]", rows[-1])
         self.assertRegex(rows[0], r"^\d+ ms\s+data: \{")
         self.assertLess(max(map(len, rows)), 420)
+        heights = await page.run("[...$.lines.children].map((row) => row.offsetHeight)")
+        self.assertEqual(len(set(heights)), 1)
+        self.assertEqual(await page.run("$.lines.querySelector('b').innerText"), '"y"')
+        self.assertEqual(await page.run("$.lines.lastChild.className"), "done")
         name = await page.run("document.querySelector('aside [role=img]').ariaLabel")
+        self.assertRegex(name, r"longest \d.* median \d")
         self.assertTrue(await page.all("image", name))
+        self.up.reply = sends(b": hm\n\n" + delta(content="z"), chunk(error={"message": "No."}))
+        await page.ask()
+        kinds = await page.run("[...$.lines.children].map((row) => row.className)")
+        self.assertEqual(kinds, ["event", "error"])
 
     async def test_xss(self) -> None:
         """Whatever a model, a user, a model's name or an error says: no script, nothing loaded."""
@@ -2941,7 +3046,7 @@ class Conversation(PageCase):
         inside = "[...document.querySelectorAll('[role=log] *')].map((one) => one.localName)"
         allowed = "article h2 div p a br span button pre code table thead tbody tr th td small"
         self.assertLessEqual(set(await page.run(inside)), set(allowed.split()))
-        links = "[...$('log').querySelectorAll('a')].map((a) => a.protocol + ' ' + a.rel)"
+        links = "[...$.log.querySelectorAll('a')].map((a) => a.protocol + ' ' + a.rel)"
         safe = {"https: noopener noreferrer"}
         self.assertEqual(set(await page.run(links)), safe)
         asked = [s["params"] for s in page.events if s["method"] == "Network.requestWillBeSent"]
@@ -2971,7 +3076,7 @@ class Conversation(PageCase):
                     await page.call("Accessibility.disable")  # DevTools' own tree costs more
                     await page.type("Hello")
                     await page.press("Enter")
-                    await page.until("$('status').innerText === 'Answer complete'")
+                    await page.until("$.status.innerText === 'Answer complete'")
                     if not (tasks := [ms for ms in await page.run("tasks") if ms > 10 * PATIENCE]):
                         break
                 self.assertEqual(tasks, [])
@@ -3005,7 +3110,7 @@ class Conversation(PageCase):
         self.up.reply = says(table + "```\n" + "x" * 200 + "\n```\n" + "y" * 300)
         page = await self.open(width=360, height=740)
         await page.ask("z" * 300)
-        boxes = "[document.documentElement, $('log')].map((b) => b.scrollWidth - b.clientWidth)"
+        boxes = "[document.documentElement, $.log].map((b) => b.scrollWidth - b.clientWidth)"
         for _ in range(2):
             self.assertEqual(await page.run(boxes), [0, 0])
             await page.click("Wire")
