@@ -2575,7 +2575,83 @@ def refuses(status: int, message: str = "No.", **headers: str) -> Reply:
     return reply
 
 
+LOST = {"message": "GPU lost"}
+TWICE = {"message": "It broke off."}
+BOTH = ["Continue", "Retry"]
+# The name of an ending: what the model does; what the person presses then; what the model does
+# next; the words that show in the end, after "not" those that do not; what is offered; what the
+# last request was, without the system prompt. (The status is for a screen reader to see.)
+# fmt: off
+ENDINGS: dict[str, tuple[Reply, str, Reply, str, list[str], list[str]]] = {
+    "complete": (says("Part"), "", silent, "Part|Answer complete", [], ["Hello"]),
+    "no finish_reason": (says("Part", finish=None), "", silent, "Answer complete", [], ["Hello"]),
+    "tool calls": (says("Part", finish="tool_calls"), "", silent, "Answer complete", [], ["Hello"]),
+    "limit": (says("Part", finish="length"), "", silent,
+        "Part|Cut at the token limit.|not broke off", ["Continue"], ["Hello"]),
+    "filter": (says("Part", finish="weird"), "", silent, "Part|broke off|“weird”", BOTH, ["Hello"]),
+    "cut": (breaks("Part"), "", silent, "Part|broke off|Answer not complete", BOTH, ["Hello"]),
+    "in-band": (breaks("Part", error=LOST), "", silent,
+        "Part|The answer broke off: GPU lost", BOTH, ["Hello"]),
+    "said once": (breaks("Part", error=TWICE), "", silent,
+        "It broke off.|not The answer broke off", BOTH, ["Hello"]),
+    "refused": (refuses(400, "Too long."), "", silent,
+        "No answer: Too long.|not broke off", ["Retry"], ["Hello"]),
+    "lost": (breaks(), "", silent, "No answer: ", ["Retry"], ["Hello"]),
+    "no text": (sends(delta("stop"), DONE), "", silent, "Answer complete|not Copy", [], ["Hello"]),
+    "stopped": (half, "Stop", silent, "Half of|Stopped by you.", ["Continue"], ["Hello"]),
+    "stopped at once": (silent, "Stop", silent, "Stopped by you.", ["Retry"], ["Hello"]),
+    "continued": (breaks("Half of ", error=LOST), "Continue", says("it."),
+        "Half of it.|Answer complete|not GPU", [], ["Hello", "Half of "]),
+    "continued in vain": (says("Part", finish="length"), "Continue", refuses(400, "Full."),
+        "Part|No answer: Full.", BOTH, ["Hello", "Part"]),
+    "retried": (refuses(400), "Retry", says("Now."), "Now.|not No.", [], ["Hello"]),
+    "regenerated": (says("Worse."), "Regenerate", says("Better."),
+        "Better.|not Worse.", [], ["Hello"]),
+    "regenerated in vain": (says("Good."), "Regenerate", refuses(400, "Not today."),
+        "Good.|No answer: Not today.", BOTH, ["Hello"]),
+    "edited": (says("One."), "Edit", says("Two."), "Hello!|Two.|not One.", [], ["Hello!"]),
+}
+# fmt: on
+
+
 class Conversation(PageCase):
+    async def test_endings(self) -> None:
+        """However an answer ends, its words say it, it offers what helps, and nothing is lost."""
+        page = await self.open()
+        for name, (reply, press, then, words, offers, sent) in ENDINGS.items():
+            with self.subTest(name):
+                self.up.reply = reply
+                await page.click("New chat")
+                await page.send("Hello")
+                if press != "Stop":
+                    await page.until("$.log.ariaBusy === 'false'")
+                elif reply is half:
+                    await page.until_says("Half of")
+                self.up.reply = then
+                calls = len(self.up.calls)
+                if press:
+                    await page.click(press)
+                if press == "Edit":
+                    await page.type("!")
+                    await page.press("Enter")
+                while press not in ("", "Stop") and len(self.up.calls) == calls:
+                    await asyncio.sleep(0.01)
+                await page.until("$.log.ariaBusy === 'false'")
+                text = await page.run("document.body.innerText")
+                for word in words.split("|"):
+                    if word.startswith("not "):
+                        self.assertNotIn(word[4:], text)
+                    else:
+                        self.assertIn(word, text)
+                for junk in ("undefined", "[object", "NaN"):
+                    self.assertNotIn(junk, text)
+                self.assertEqual([b for b in BOTH if await page.all("button", b)], offers)
+                self.assertEqual(
+                    len(await page.all("alert", "")), int("Retry" in offers and press != "Stop")
+                )
+                if reply is not silent or press != "Stop":
+                    self.assertEqual(self.sent(), sent)
+
     async def test_first_token_before_the_last(self) -> None:
         """What has arrived shows while the rest has not; the whole conversation is sent."""
         more = asyncio.Event()
@@ -2615,24 +2691,22 @@ class Conversation(PageCase):
             "for (const kind of ['click', 'keydown'])"
             "addEventListener(kind, () => { window.at = Date.now(); }, true)"
         )
-        for reply, words in ((half, "Half of"), (silent, "Answering…")):
-            for key in ("", "Escape"):
-                self.up.reply = reply
-                await page.run("$.message.value = ''")
-                await page.send("Hello")
-                await page.until_says(words)
-                while not self.up.calls or self.up.calls[-1].gone.is_set():
-                    await asyncio.sleep(0.01)
-                await page.type("next")
-                await page.press("Enter")
-                await page.find("button", "Stop")
-                await (page.press(key) if key else page.click("Stop"))
-                await asyncio.wait_for(self.up.calls[-1].gone.wait(), PATIENCE)
-                took.append(time.time() - await page.run("window.at") / 1000)
-                await page.until_says("Stopped by you")
-                await page.find("button", "Send")
-                self.assertEqual(await page.run("$.message.value"), "next")
-                self.assertEqual(self.sent()[-1], "Hello")
+        for reply, key in itertools.product((half, silent), ("", "Escape")):
+            self.up.reply = reply
+            await page.run("$.message.value = ''")
+            await page.send("Hello")
+            await page.until_says("Half of" if reply is half else "Answering…")
+            while not self.up.calls or self.up.calls[-1].gone.is_set():
+                await asyncio.sleep(0.01)
+            await page.type("next")
+            await page.press("Enter")
+            await page.find("button", "Stop")
+            await (page.press(key) if key else page.click("Stop"))
+            await asyncio.wait_for(self.up.calls[-1].gone.wait(), PATIENCE)
+            took.append(time.time() - await page.run("window.at") / 1000)
+            await page.until_says("Stopped by you")
+            await page.find("button", "Send")
+            self.assertEqual(await page.run("$.message.value"), "next")
         self.assertEqual(len(self.up.calls), 4)
         self.assertLess(min(took), 0.05)
 
@@ -2652,121 +2726,91 @@ class Conversation(PageCase):
         await page.find("button", "Stop")
         self.assertEqual(len(self.up.calls), 2)
 
-    async def test_new_chat(self) -> None:
-        """New chat clears the conversation, also under a running answer, which it aborts."""
-        self.up.reply = half
-        page = await self.open()
-        await page.send("Hello")
-        await page.until_says("Half of")
-        await page.click("New chat")
-        self.assertEqual(await page.run("document.querySelectorAll('article').length"), 0)
-        await asyncio.wait_for(self.up.calls[0].gone.wait(), PATIENCE)
-        self.up.reply = says("Fresh.")
-        await page.ask("Anew")
-        self.assertEqual(self.sent(), ["Anew"])
-        await page.reload()
-        self.assertNotIn("Half of", await page.text())
-
-    async def test_endings(self) -> None:
-        """Complete, cut at the limit and broken are told apart, and each offers what helps."""
-        both = {"Continue", "Retry"}
-        lost = {"message": "GPU lost"}
-        # fmt: off
-        cases: dict[str, tuple[Reply, list[str], set[str]]] = {
-            "complete": (says("Part"), ["Answer complete"], set()),
-            "no finish_reason": (says("Part", finish=None), ["Answer complete"], set()),
-            "limit": (says("Part", finish="length"), ["Cut at the token limit"], {"Continue"}),
-            "filter": (says("Part", finish="weird"), ["broke off", "weird"], both),
-            "cut": (breaks("Part"), ["broke off"], both),
-            "in-band": (breaks("Part", error=lost), ["broke off", "GPU lost"], both),
-            "refused": (refuses(400, "Too long."), ["No answer: Too long."], {"Retry"}),
-            "lost": (breaks(), ["No answer: "], {"Retry"}),
-        }
-        # fmt: on
-        page = await self.open()
-        for name, (reply, words, offers) in cases.items():
-            with self.subTest(name):
-                self.up.reply = reply
-                await page.click("New chat")
-                await page.ask()
-                for word in words:
-                    self.assertIn(word, await page.run("document.body.innerText"))
-                self.assertEqual({b for b in both if await page.all("button", b)}, offers)
-                self.assertEqual("Part" in await page.text(), name not in ("refused", "lost"))
-                self.assertEqual(len(await page.all("alert", "")), int("Retry" in offers))
-
-    async def test_continue(self) -> None:
-        """Continue sends the part as the assistant's and joins what comes to it."""
-        self.up.reply = breaks("Half of ", error={"message": "No."})
-        page = await self.open()
-        await page.ask()
-        self.up.reply = says("the whole.")
-        await page.click("Continue")
-        await page.until_says("Half of the whole.", "Answer complete")
-        last = self.up.calls[-1].body["messages"][-1]
-        self.assertEqual(last, {"role": "assistant", "content": "Half of "})
-
-    async def test_regenerate(self) -> None:
-        """Regenerate asks again; an answer whose successor fails at once is not lost."""
-        page = await self.open()
-        await page.ask()
-        self.up.reply = refuses(400, "Not today.")
-        await page.click("Regenerate")
-        await page.until_says("Not today.", "Hello.")
-        self.up.reply = says("Better.")
-        await page.click("Retry")
-        await page.until_says("Better.")
-        self.assertNotIn("Hello.", await page.text())
-
-    async def test_edit(self) -> None:
-        """Edit fills the composer; Esc restores the draft, Enter cuts the conversation there."""
-        page = await self.open()
-        value = "document.activeElement.value"
-        await page.ask("First")
-        await page.ask("Second")
-        await page.type("draft")
-        for _ in range(2):
-            await page.focus("button", "Edit", 0)
-            await page.press("Enter")
-            self.assertEqual(await page.run(value), "First")
-            await page.press("Escape")
-            self.assertEqual(await page.run(value), "draft")
-        await page.focus("button", "Edit", 0)
-        await page.press("Enter")
-        await page.ask(" of all")
-        self.assertEqual(self.sent(), ["First of all"])
-        self.assertEqual(await page.run(value), "draft")
-        await page.ask()
-        await page.focus("button", "Edit", 1)
-        await page.press("Enter")
-        await page.focus("button", "Regenerate", 0)  # the message under the pen goes
-        await page.press("Enter")
-        await page.until_says("Answer complete")
-        await page.ask("Last")
-        self.assertEqual(self.sent(), ["First of all", "Hello.", "Last"])
-
     async def test_wait(self) -> None:
         """A 429 counts its Retry-After down and then enables Retry; nothing is sent by itself."""
         self.up.reply = refuses(429, "Slow down.", retry_after="1")
         page = await self.open()
         await page.ask()
-        await page.until_says("Slow down.", "1 s")
+        await page.until_says("Slow down.", "Wait 1 s")
         retry = "[...document.querySelectorAll('button')].find((b) => b.innerText == 'Retry')"
         self.assertTrue(await page.run(retry + ".disabled"))
         await page.until(f"!{retry}.disabled")
         self.assertEqual(len(self.up.calls), 1)
+
+    async def test_edit(self) -> None:
+        """Edit fills the composer and puts its draft aside; Esc, and sending, bring it back."""
+        page = await self.open()
+        value = "document.activeElement.value"
+        await page.ask("First")
+        await page.ask("Second")
+        await page.type("draft")
+        for name in ("Escape", "Enter"):
+            await page.focus("button", "Edit", 0)
+            await page.press("Enter")
+            self.assertEqual(await page.run(value), "First")
+            await page.press(name)
+            self.assertEqual(await page.run(value), "draft")
+        await page.until_says("Answer complete")
+        self.assertEqual(self.sent(), ["First"])
+        await page.focus("button", "Edit", 0)
+        await page.press("Enter")
+        await page.focus("button", "Regenerate", 0)  # what is edited stays, its answer goes
+        await page.press("Enter")
+        await page.until_says("Answer complete")
+        self.assertEqual(await page.run(value), "draft")
+
+    async def test_undo(self) -> None:
+        """Undo brings back what New chat, Regenerate or Edit took, after a reload too, and stops
+        what runs; it stays until the next message."""
+        page = await self.open()
+        texts = "turns.map((one) => one.content)"
+        await page.ask("First")
+        self.assertEqual(await page.all("button", "Undo"), [])
+        await page.ask("Second")
+        whole = await page.run(texts)
+        self.up.reply = half
+        for name in ("New chat", "Regenerate", "Edit", "reload"):
+            with self.subTest(name):
+                await page.focus("button", "New chat" if name == "reload" else name, 0)
+                await page.press("Enter")
+                if name == "Edit":
+                    await page.press("Enter")
+                if name in ("Regenerate", "Edit"):
+                    await page.until_says("Half of")
+                if name == "reload":
+                    await page.reload()
+                self.assertNotEqual(await page.run(texts), whole)
+                await page.click("Undo")
+                self.assertEqual(await page.run(texts), whole)
+                self.assertEqual(await page.all("button", "Undo"), [])
+                self.assertEqual(await page.run("$.log.ariaBusy"), "false")
+        for call in self.up.calls[2:]:
+            await asyncio.wait_for(call.gone.wait(), PATIENCE)
+        await page.send("Third")
+        await page.until_says("Half of")
+        await page.click("New chat")
+        self.assertEqual(await page.run("$.log.childElementCount"), 0)
+        await asyncio.wait_for(self.up.calls[-1].gone.wait(), PATIENCE)
+        await page.find("button", "Undo")
+        self.up.reply = says("Fresh.")
+        await page.ask("Anew")
+        self.assertEqual(self.sent(), ["Anew"])
+        self.assertEqual(await page.all("button", "Undo"), [])
 
     async def test_token(self) -> None:
         """A 401 asks for the access token, again if it is wrong, and sends what was asked."""
         page = await self.open(token="right")
         await page.send("Secret question")
         for token in ("wrong", "right"):
-            await page.until("document.querySelector('dialog').open && !$.token.value")
+            await page.until("$.ask.open && !$.token.value")
             await page.focus("textbox", "Access token")
             await page.type(token)
             await page.press("Enter")
         await page.until_says("Hello.")
         self.assertEqual(self.sent(0), ["Secret question"])
+        await page.reload()
+        await page.ask()
+        self.assertFalse(await page.run("$.ask.open"))
 
     async def test_token_in_the_fragment(self) -> None:
         """#token=… is taken at the start and in an open page, and leaves the address bar."""
@@ -2790,29 +2834,35 @@ class Conversation(PageCase):
         self.assertEqual(await page.run("$.message.value"), "a draft")
         await page.find("button", "Continue")
 
-    async def test_damaged_storage(self) -> None:
-        """Whatever stands in the storage, the page starts and works."""
+    async def test_storage(self) -> None:
+        """Damaged or full, the storage stops nothing; it is not written at every key."""
         page = await self.open()
-        await page.ask()
-        keys = await page.run("Object.keys(sessionStorage)")
-        odd = '{"messages":[null,7,{"role":"assistant","content":5,"tools":9,"until":"x"}]}'
-        spoil = "(keys, junk) => keys.forEach((key) => sessionStorage.setItem(key, junk))"
-        for junk in ("{", "7", "[]", odd, '{"text":[]}'):
+        await page.run(
+            "window.saves = 0; const { stringify } = JSON; JSON.stringify = (value) => {"
+            "saves += value.turns ? 1 : 0; return stringify(value); }"
+        )
+        for letter in "not at every key":
+            await page.type(letter)
+        await page.until("sessionStorage.chat?.includes('not at every key')")
+        self.assertLess(await page.run("saves"), 8)
+        odd = '{"turns":[null,7,{"role":"assistant","content":5,"tools":9,"until":"x"}]}'
+        for junk in ("{", "7", "[]", odd, '{"turns":{}}', '{"turns":"x","taken":[[]],"draft":{}}'):
             await page.run("onpagehide = null")
-            await page.run(spoil, keys, junk)
+            await page.run("(junk) => { sessionStorage.chat = junk; }", junk)
             await page.reload()
-            await page.click("New chat")
-            await page.ask()
-            self.assertIn("Hello.", await page.text())
-        await page.run("Storage.prototype.setItem = () => { throw new DOMException('full'); }")
-        await page.ask()
-        self.assertEqual((await page.text()).count("Hello."), 2)
+            self.assertEqual(await page.run("$.log.childElementCount"), 0)
+        await page.run("sessionStorage.rest = ' '.repeat(5e6 + 200000)")
+        await page.ask("x" * 100_000)
+        await page.until("$.status.innerText.includes('Storage is full')")
+        self.assertIn("Hello.", await page.text())
 
     async def test_composer(self) -> None:
         """Enter sends, but not with Shift and not the Enter that ends an IME composition."""
         page = await self.open()
+        low = await page.run("$.message.offsetHeight")
         await page.type("a")
         await page.press("Enter", modifiers=8)
+        self.assertGreater(await page.run("$.message.offsetHeight"), low)
         await page.press("Enter", code=229)
         await page.run(
             "document.activeElement.dispatchEvent(new KeyboardEvent('keydown',"
@@ -2823,54 +2873,67 @@ class Conversation(PageCase):
         await page.until_says("Hello.")
         self.assertEqual(self.sent()[0].strip(), "a")
 
-    async def test_models(self) -> None:
-        """With more than one model there is a picker, and what it shows is what is asked."""
-        page = await self.open(model=("small", "large"))
+    async def test_first_sight(self) -> None:
+        """The empty page says how to send, what the demo is, and offers messages to click; with
+        more than one model there is a picker, and what it shows is what is asked."""
+        page = await self.open(model=("demo", "demo-cut-off"))
+        await page.until_says("This is the demo", "cut off")
+        self.assertIn("Enter sends", await page.run("$.message.placeholder"))
         await page.find("combobox", "Model")
-        await page.run("$.model.value = 'large'; $.model.dispatchEvent(new Event('change'))")
-        await page.ask()
-        self.assertEqual(self.up.calls[0].body["model"], "large")
+        await page.run("$.model.value = 'demo-cut-off'; $.model.onchange()")
+        await page.click("What are server-sent events?")
+        await page.until_says("Hello.")
+        self.assertEqual(self.sent(), ["What are server-sent events?"])
+        self.assertEqual(self.up.calls[0].body["model"], "demo-cut-off")
+        self.assertNotIn("This is the demo", await page.run("document.body.innerText"))
 
     async def test_copy(self) -> None:
         """Copy takes the Markdown of an answer, or a block's code, and says so; on http too."""
         source = "**a**\n\n```\nx = 1\n```"
         self.up.reply = says(source)
         page = await self.open()
-        await page.ask()
         await page.run("navigator.clipboard.writeText = async (text) => { window.copied = text; }")
         catch = "addEventListener('copy', (e) => { copied = e.clipboardData.getData('text'); })"
         for _ in range(2):
-            for index, text in enumerate(("x = 1", source)):
-                await page.focus("button", "Copy", index)
+            await page.ask()
+            for text in (source, "x = 1"):
+                await page.focus("button", "Copy", -1)
                 await page.press("Enter")
                 await page.find("button", "Copied")
                 self.assertEqual(await page.run("window.copied"), text)
-                await page.until("!document.body.innerText.includes('Copied')")
             await page.run("Object.defineProperty(navigator, 'clipboard', { value: undefined })")
             await page.run(catch)
 
+    async def test_save(self) -> None:
+        """Save hands the conversation over as Markdown; the tab is named by its first message."""
+        page = await self.open()
+        await page.ask("A first question")
+        self.assertTrue((await page.run("document.title")).startswith("A first question"))
+        await page.run("URL.createObjectURL = (blob) => { window.saved = blob; return '#'; }")
+        await page.click("Save")
+        saved = await page.run("saved.text()")
+        self.assertEqual(saved, "## You\n\nA first question\n\n## Assistant\n\nHello.\n")
+        self.assertIn("markdown", await page.run("saved.type"))
+
     async def test_reasoning_and_tools(self) -> None:
         """Reasoning is folded, once, and not sent back; a refusal shows, tools are named."""
-        both = {"reasoning_content": "hm", "reasoning": "hm"}
         call = {"name": "weather", "arguments": "{}"}
-        for thought in (delta(**both), delta(reasoning="hm")):
-
-            async def reply(to: Call, thought: bytes = thought) -> None:
-                await to.start()
-                await to.send(thought + delta(content="So"))
-                await to.send(delta(tool_calls=[{"index": 0, "function": call}]))
-                await to.send(delta(tool_calls=[{"function": {"name": "clock"}}]))
-                await to.send(delta(refusal="I will not.") + delta("tool_calls") + DONE)
-
-            self.up.reply = reply
-            page = await self.open()
+        page = await self.open()
+        for thought in ({"reasoning_content": "hm", "reasoning": "hm"}, {"reasoning": "hm"}):
+            self.up.reply = sends(
+                delta(**thought) + delta(content="So"),
+                delta(tool_calls=[{"index": 0, "function": call}, {"function": {"name": "clock"}}]),
+                delta(refusal="I will not.") + delta("tool_calls") + DONE,
+            )
+            await page.click("New chat")
             await page.ask()
-            folded = await page.run("document.querySelector('[role=log] details').textContent")
-            self.assertEqual(folded, "Reasoninghm")
+            folded = "document.querySelector('[role=log] details')"
+            self.assertEqual(await page.run(folded + ".textContent"), "Reasoninghm")
+            self.assertFalse(await page.run(folded + ".open"))
             for words in ("So\n", "weather, clock", "I will not."):
                 self.assertIn(words, await page.text())
-            await page.ask()
-            self.assertNotIn("hm", json.dumps(self.up.calls[-1].body))
+        await page.ask()
+        self.assertNotIn("hm", json.dumps(self.up.calls[-1].body))
 
     async def test_scrolling(self) -> None:
         """The page follows the answer until the reader scrolls up; Latest returns."""
@@ -2885,7 +2948,7 @@ class Conversation(PageCase):
 
         self.up.reply = reply
         page = await self.open()
-        gap = "((log) => log.scrollHeight - log.scrollTop - log.clientHeight)($.log)"
+        gap = "$.log.scrollHeight - $.log.scrollTop - $.log.clientHeight"
         await page.send("Hello")
         await page.until_says("Part 0")
         await page.until(gap + " < 2")
@@ -2903,89 +2966,9 @@ class Conversation(PageCase):
         await page.until(gap + " < 2")
         go.release()
 
-    async def test_undo(self) -> None:
-        """Undo brings back what New chat, Regenerate or Edit took, until the next message."""
-        page = await self.open()
-        await page.ask("First")
-        self.assertEqual(await page.all("button", "Undo"), [])
-        await page.ask("Second")
-        whole = [m["content"] for m in await page.run("turns")]
-        self.up.reply = half
-        for name in ("New chat", "Regenerate", "Edit"):
-            with self.subTest(name):
-                await page.focus("button", name, 0)
-                await page.press("Enter")
-                if name == "Edit":
-                    await page.press("Enter")
-                if name != "New chat":
-                    await page.until_says("Half of")
-                await page.click("Undo")
-                self.assertEqual([m["content"] for m in await page.run("turns")], whole)
-                self.assertEqual(await page.all("button", "Undo"), [])
-                self.assertEqual(await page.run("$.log.ariaBusy"), "false")
-        for call in self.up.calls[2:]:
-            await asyncio.wait_for(call.gone.wait(), PATIENCE)
-        await page.click("New chat")
-        self.up.reply = says("Hello.")
-        await page.find("button", "Undo")
-        await page.ask("Third")
-        self.assertEqual(await page.all("button", "Undo"), [])
-
-    async def test_save(self) -> None:
-        """Save hands the conversation over as Markdown; the tab is named by its first message."""
-        page = await self.open()
-        await page.ask("A first question")
-        self.assertTrue((await page.run("document.title")).startswith("A first question"))
-        await page.run("URL.createObjectURL = (blob) => { window.saved = blob; return '#'; }")
-        await page.click("Save")
-        saved = await page.run("saved.text()")
-        self.assertEqual(saved, "## You\n\nA first question\n\n## Assistant\n\nHello.\n")
-        self.assertIn("markdown", await page.run("saved.type"))
-
-    async def test_burst(self) -> None:
-        """600 KB in one event are soon on the page, in steps between which a key gets through."""
-        self.up.reply = says("Some words in a paragraph.\n\n" * 21_000)
-        page = await self.open()
-        await page.run("window.steps = 0; new MutationObserver(() => { steps += 1; })"
-            ".observe($.log, { childList: true, subtree: true })")  # fmt: skip
-        await page.call("Accessibility.disable")
-        started = time.monotonic()
-        await page.type("Hello")
-        await page.press("Enter")
-        await page.until("document.querySelectorAll('.text p').length === 21000")
-        self.assertLess(time.monotonic() - started, PATIENCE)
-        self.assertGreater(await page.run("steps"), 2)
-
-    async def test_motion(self) -> None:
-        """Nothing moves for those who asked for that, and a finger finds 40 px."""
-        self.up.reply = half
-        page = await self.open(width=360, height=740)
-        await page.call("Emulation.setTouchEmulationEnabled", enabled=True)
-        media = [{"name": "prefers-reduced-motion", "value": "reduce"}]
-        await page.call("Emulation.setEmulatedMedia", features=media)
-        await page.send("Hello")
-        await page.until_says("Half of")
-        moves = "document.getAnimations({ subtree: true }).length"
-        self.assertEqual(await page.run(moves), 0)
-        await page.call("Emulation.setEmulatedMedia", features=[])
-        self.assertEqual(await page.run(moves), 1)
-        low = """[...document.querySelectorAll('button, select, summary, textarea')].filter(
-            (one) => one.checkVisibility() && one.getBoundingClientRect().height < 40).length"""
-        self.assertTrue(await page.run("matchMedia('(pointer: coarse)').matches"))
-        self.assertEqual(await page.run(low), 0)
-
-    async def test_first_sight(self) -> None:
-        """The empty page says how to send, what the demo is, and offers messages to click."""
-        page = await self.open(model=("demo", "demo-cut-off"))
-        await page.until_says("This is the demo", "cut off")
-        self.assertIn("Enter sends", await page.run("$.message.placeholder"))
-        await page.click("What are server-sent events?")
-        await page.until_says("Hello.")
-        self.assertEqual(self.sent(), ["What are server-sent events?"])
-        self.assertNotIn("This is the demo", await page.run("document.body.innerText"))
-
     async def test_wire(self) -> None:
-        """The wire shows each line as it came in a row of its own, the last 500, and their gaps."""
+        """The wire, opened late, follows the end: each line as it came, in one row, the last 500,
+        what the token adds apart from what repeats; and the gaps between events, in words too."""
         go = asyncio.Event()
 
         async def reply(call: Call) -> None:
@@ -3001,12 +2984,12 @@ class Conversation(PageCase):
         await page.until_says("xxxx")
         self.assertEqual(await page.all("complementary", "Wire"), [])
         await page.click("Wire")
-        end = "((b) => b.scrollHeight - b.scrollTop - b.clientHeight)($.lines)"
+        end = "$.lines.scrollHeight - $.lines.scrollTop - $.lines.clientHeight"
         self.assertLess(await page.run(end), 2)
         go.set()
-        await page.until_says("Answer complete", "[DONE]")
+        await page.until_says("Answer complete", "[DONE]", "606 events", "first event")
         self.assertLess(await page.run(end), 2)
-        rows = await page.run("[...document.querySelectorAll('aside li')].map((e) => e.innerText)")
+        rows = await page.run("[...$.lines.children].map((row) => row.innerText)")
         self.assertEqual(len(rows), 500)
         self.assertRegex(rows[0], r"^\d+ ms\s+data: \{")
         self.assertLess(max(map(len, rows)), 420)
@@ -3014,13 +2997,42 @@ class Conversation(PageCase):
         self.assertEqual(len(set(heights)), 1)
         self.assertEqual(await page.run("$.lines.querySelector('b').innerText"), '"y"')
         self.assertEqual(await page.run("$.lines.lastChild.className"), "done")
-        name = await page.run("document.querySelector('aside [role=img]').ariaLabel")
-        self.assertRegex(name, r"longest \d.* median \d")
+        name = await page.run("$.plot.ariaLabel")
+        self.assertRegex(name, r"longest \d.*full height.*median \d")
         self.assertTrue(await page.all("image", name))
         self.up.reply = sends(b": hm\n\n" + delta(content="z"), chunk(error={"message": "No."}))
         await page.ask()
         kinds = await page.run("[...$.lines.children].map((row) => row.className)")
         self.assertEqual(kinds, ["event", "error"])
+        self.assertIn("M0 ", await page.run("$.firstMark.getAttribute('d')"))
+        await page.click("Wire")
+        self.assertEqual(await page.all("complementary", "Wire"), [])
+
+    async def test_motion_and_touch(self) -> None:
+        """Nothing moves for those who asked for that, and a finger finds 40 px; at 360 px nothing
+        scrolls sideways but code and tables, each within its own box."""
+        page = await self.open(width=360, height=740)
+        await page.call("Emulation.setTouchEmulationEnabled", enabled=True)
+        media = [{"name": "prefers-reduced-motion", "value": "reduce"}]
+        await page.call("Emulation.setEmulatedMedia", features=media)
+        table = "|a|b|\n|-|-|\n|" + "wide " * 9 + "|" + "x" * 99 + "|\n\n"
+        self.up.reply = says(table + "```\n" + "x" * 200 + "\n```\n" + "y" * 300)
+        await page.ask("z" * 300)
+        boxes = "[document.documentElement, $.log].map((b) => b.scrollWidth - b.clientWidth)"
+        for _ in range(2):
+            self.assertEqual(await page.run(boxes), [0, 0])
+            await page.click("Wire")
+        self.up.reply = half
+        await page.send("Hello")
+        await page.until_says("Half of")
+        moves = "document.getAnimations({ subtree: true }).length"
+        self.assertEqual(await page.run(moves), 0)
+        await page.call("Emulation.setEmulatedMedia", features=[])
+        self.assertEqual(await page.run(moves), 1)
+        low = """[...document.querySelectorAll('button, select, summary, textarea')].filter(
+            (one) => one.checkVisibility() && one.getBoundingClientRect().height < 40).length"""
+        self.assertTrue(await page.run("matchMedia('(pointer: coarse)').matches"))
+        self.assertEqual(await page.run(low), 0)
 
     async def test_xss(self) -> None:
         """Whatever a model, a user, a model's name or an error says: no script, nothing loaded."""
@@ -3033,7 +3045,7 @@ class Conversation(PageCase):
             "```<img src=x onerror=hit()>\n</code><script>hit()</script>\n```",
             "|<img src=x onerror=hit()>|\n|-|\n|<iframe src=//evil.example>|",
             "<style>@import 'https://evil.example'</style>", "<base href=https://evil.example>",
-            "<meta http-equiv=refresh content=0;url=https://evil.example>",
+            "<meta http-equiv=refresh content=0;url=https://evil.example>", "\0000\0",
         ]
         # fmt: on
         text = "\n\n".join(evil)
@@ -3047,16 +3059,15 @@ class Conversation(PageCase):
         allowed = "article h2 div p a br span button pre code table thead tbody tr th td small"
         self.assertLessEqual(set(await page.run(inside)), set(allowed.split()))
         links = "[...$.log.querySelectorAll('a')].map((a) => a.protocol + ' ' + a.rel)"
-        safe = {"https: noopener noreferrer"}
-        self.assertEqual(set(await page.run(links)), safe)
+        self.assertEqual(set(await page.run(links)), {"https: noopener noreferrer"})
         asked = [s["params"] for s in page.events if s["method"] == "Network.requestWillBeSent"]
         urls = {params["request"]["url"] for params in asked}
         self.assertEqual({url for url in urls if not url.startswith((self.url, "data:"))}, set())
         self.assertEqual(await page.run("window.hits"), 0)
 
-    async def test_long_answer(self) -> None:
-        """100 KB in 4,000 pieces make no long task, whatever the one block they make: 50 ms on
-        a quiet machine; here twice that, since this one may be busy."""
+    async def test_long_answers(self) -> None:
+        """100 KB make no long task, whatever the one block they make, and 600 KB in one event are
+        there in two seconds: 50 ms on a quiet machine; here more, since this one may be busy."""
         kinds = {
             "": "Some *words* in a `paragraph`.\n\n",
             "One ": "paragraph of *many* words in `code`, and [a link](https://x.y/z). ",
@@ -3066,20 +3077,30 @@ class Conversation(PageCase):
         }
         watch = """window.tasks = []; new PerformanceObserver((list) => tasks.push(
             ...list.getEntries().map((one) => one.duration))).observe({ type: 'longtask' })"""
+        page = await self.open()
+        await page.run(watch)
+        await page.call("Accessibility.disable")  # DevTools' own tree costs more
+
+        async def ask(limit: float) -> None:
+            for _ in range(3):  # a busy machine may disturb one or two
+                await page.run("$.newChat.click(); tasks.length = 0")
+                started = time.monotonic()
+                await page.run("send('Hello')")
+                await page.until("$.status.innerText === 'Answer complete'")
+                took = time.monotonic() - started
+                tasks = [ms for ms in await page.run("tasks") if ms > 10 * PATIENCE]
+                if not tasks and took < limit:
+                    return
+            self.fail(f"took {took} s, {tasks} ms")
+
         for start, unit in kinds.items():
             with self.subTest(unit):
                 text = (start + unit * 9000)[:100_000]
-                self.up.reply = says(*(text[i : i + 25] for i in range(0, len(text), 25)))
-                for _ in range(3):  # a busy machine may disturb one or two
-                    page = await self.open()
-                    await page.run(watch)
-                    await page.call("Accessibility.disable")  # DevTools' own tree costs more
-                    await page.type("Hello")
-                    await page.press("Enter")
-                    await page.until("$.status.innerText === 'Answer complete'")
-                    if not (tasks := [ms for ms in await page.run("tasks") if ms > 10 * PATIENCE]):
-                        break
-                self.assertEqual(tasks, [])
+                self.up.reply = says(*(text[i : i + 100] for i in range(0, len(text), 100)))
+                await ask(PATIENCE)
+        self.up.reply = says("Some words in a paragraph.\n\n" * 21_000)
+        await ask(0.4 * PATIENCE)
+        self.assertEqual(await page.run("document.querySelectorAll('.text p').length"), 21_000)
 
     @unittest.skipUnless(AXE, "CHATSTREAM_AXE does not name an axe.min.js")
     async def test_axe(self) -> None:
@@ -3087,33 +3108,32 @@ class Conversation(PageCase):
         axe = Path(AXE or "").read_text(encoding="utf-8")
         check = """axe.run().then(({ violations }) => violations.map(
             (one) => one.id + ' ' + one.nodes.map((node) => node.html)))"""
+        page = await self.open(model=("demo", "demo-cut-off"))
+        await page.run(axe + ";0")
         for scheme in ("light", "dark"):
-            self.up.reply = half
-            page = await self.open()
             media = [{"name": "prefers-color-scheme", "value": scheme}]
             await page.call("Emulation.setEmulatedMedia", features=media)
-            await page.run(axe + ";0")
             self.assertEqual(await page.run(check), [], "empty")
+            self.up.reply = half
             await page.send("Hello")
             await page.until_says("Half of")
             await page.click("Wire")
+            await page.run("document.querySelector('header details').open = true")
             self.assertEqual(await page.run(check), [], "streaming")
             await page.click("Stop")
             for reply in (says(SAMPLE), refuses(429, "Slow down.", retry_after="60")):
                 self.up.reply = reply
                 await page.ask()
                 self.assertEqual(await page.run(check), [], reply)
-
-    async def test_phone(self) -> None:
-        """At 360 px nothing scrolls sideways but code and tables, each within its own box."""
-        table = "|a|b|\n|-|-|\n|" + "wide " * 9 + "|" + "x" * 99 + "|\n\n"
-        self.up.reply = says(table + "```\n" + "x" * 200 + "\n```\n" + "y" * 300)
-        page = await self.open(width=360, height=740)
-        await page.ask("z" * 300)
-        boxes = "[document.documentElement, $.log].map((b) => b.scrollWidth - b.clientWidth)"
-        for _ in range(2):
-            self.assertEqual(await page.run(boxes), [0, 0])
+            await page.focus("button", "Edit")
+            await page.press("Enter")
+            self.assertEqual(await page.run(check), [], "edit")
+            await page.press("Escape")
+            await page.click("New chat")
             await page.click("Wire")
+            await page.run("askToken('Why').then(() => {}); 0")
+            self.assertEqual(await page.run(check), [], "token")
+            await page.press("Escape")
 
 
 # ---- The README --------------------------------------------------------------------------
