@@ -509,7 +509,8 @@ class Framing(unittest.TestCase):
         the moment its last byte is in, not when the next one comes."""
         for end in (b"\n\n", b"\r\n\r", b"\r\r"):
             self.assertEqual(
-                Relay(chatstream.EventParser(99)).feed(b'data: {"choices":[]}' + end), framed(b'{"choices":[]}')
+                Relay(chatstream.EventParser(99)).feed(b'data: {"choices":[]}' + end),
+                framed(b'{"choices":[]}'),
             )
         for name, (body, *expected) in GOOD_STREAMS.items():
             for cuts in self.splits(body):
