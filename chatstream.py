@@ -686,7 +686,7 @@ class Settings:
     """All that can be set. Raises BadSetting where the set-up would not be safe."""
 
     api_key: str = setting("", "secret", "the upstream's key; without it or a URL: the demo")
-    base_url: str = setting("", "url", "any OpenAI-compatible upstream")
+    base_url: str = setting("", "url", f"any OpenAI-compatible upstream; if unset {OPENAI_URL}")
     model: tuple[str, ...] = setting(("gpt-4o-mini",), "names", "models, default first; * = any")
     host: str = setting("127.0.0.1", "text", "address to listen on; a public one needs a token")
     port: int = setting(8080, "port", "port; 0 = any free one")
