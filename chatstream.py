@@ -203,7 +203,7 @@ STREAM_HEADERS = COMMON_HEADERS | {
 
 @dataclass(eq=False, slots=True)
 class Stream:
-    """A request on its way: what its handler, its watcher, the drain and the log share."""
+    """A request on its way: what its handler, its clock, the drain and the log share."""
 
     request: web.BaseRequest
     transport: Any  # asyncio's, to the client
@@ -488,7 +488,7 @@ def check_chat(data: bytes, allowed: tuple[str, ...]) -> bytes:
 
 def is_message(message: Any) -> bool:
     roles = ("system", "developer", "user", "assistant", "tool")
-    content = message.get("content") if isinstance(message, dict) else 0
+    content = message.get("content") if isinstance(message, dict) else 0  # 0: refused
     parts = content if isinstance(content, list) else []
     good = isinstance(content, str | list | None) and all(isinstance(part, dict) for part in parts)
     return good and message.get("role") in roles
