@@ -858,17 +858,28 @@ class Time(Case):
         answer = await self.ask_through(reply, idle_seconds=0.3, write_seconds=0.3)
         self.assertEqual(answer.payloads[-1], b"[DONE]")
 
-    async def slow(self, url: str) -> asyncio.StreamReader:
+    async def slow(self, url: str, segment: int = 536) -> asyncio.StreamReader:
         """A client that has asked and reads nothing; segments and buffers are small, so that
         some 40 KB fill all that lies between."""
         sock = socket.socket()
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, segment)
         sock.connect(("127.0.0.1", urlsplit(url).port))
         reader, writer = await asyncio.open_connection(sock=sock, limit=1024)
         self.addCleanup(writer.close)
         writer.write(request())
         return reader
+
+    async def test_slow_client(self) -> None:
+        """Who reads slowly, but steadily, is never cut: no large buffer hides what it takes."""
+        reply = sends(*[said(b"x" * 50_000)] * 80)
+        env = {"CHATSTREAM_WRITE_SECONDS": "1.2"}
+        async with upstream(reply) as up, program(OPENAI_BASE_URL=up.url, **env) as run:
+            reader = await self.slow(run.url, segment=32767)
+            for _ in range(40):
+                await asyncio.sleep(0.05)
+                await reader.readexactly(7500)
+            self.assertEqual(await self.outcomes(run.url), {})
 
     async def test_the_tail_belongs_to_the_stream(self) -> None:
         """After [DONE] the upstream is let go, even if it holds the socket open. But a stream
