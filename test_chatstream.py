@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 import unittest
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -47,6 +47,7 @@ logging.getLogger("aiohttp.server").addFilter(chatstream.Quiet())
 logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of each slow step
 chatstream.log = lambda line: None  # its lines are read where the program runs by itself
 PATIENCE = 10.0 * float(os.environ.get("CHATSTREAM_TEST_PATIENCE", "1"))  # seconds, then: red
+STREAM = "text/event-stream"
 DONE = b"data: [DONE]\n\n"
 HELLO = {"messages": [{"role": "user", "content": "Hello"}]}
 NOWHERE = "http://127.0.0.1:1/v1"  # an upstream that nobody asks
@@ -62,7 +63,7 @@ class Call(asyncio.Protocol):
     task: asyncio.Task[None]
 
     def __init__(self, up: Upstream) -> None:
-        self.up, self.buffer = up, b""
+        self.up, self.buffer, self.sent = up, b"", 0
         self.gone = asyncio.Event()  # the other side has closed the connection
 
     def connection_made(self, transport: Any) -> None:
@@ -96,12 +97,11 @@ class Call(asyncio.Protocol):
         if self.gone.is_set():
             raise ConnectionResetError
         self.transport.write(data)
+        self.sent += len(data)
         while self.transport.get_write_buffer_size() > 2**16:
             await asyncio.sleep(0.001)
 
-    async def start(
-        self, status: int = 200, content_type: str = "text/event-stream", **headers: str
-    ) -> None:
+    async def start(self, status: int = 200, content_type: str = STREAM, **headers: str) -> None:
         """The head of a chunked answer; `retry_after="5"` makes a header `retry-after: 5`."""
         lines = [f"HTTP/1.1 {status} X", "Transfer-Encoding: chunked"]
         headers |= {"content_type": content_type} if content_type else {}
@@ -160,7 +160,7 @@ def says(*pieces: str, finish: str | None = "stop", usage: Any = None) -> Reply:
 
 
 def sends(
-    *pieces: bytes, status: int = 200, content_type: str = "text/event-stream", **headers: str
+    *pieces: bytes, status: int = 200, content_type: str = STREAM, pause: float = 0, **headers: str
 ) -> Reply:
     """A reply of these bytes, each piece in a read of its own."""
 
@@ -168,12 +168,12 @@ def sends(
         await call.start(status, content_type, **headers)
         for piece in pieces:
             await call.send(piece)
-            await asyncio.sleep(0)
+            await asyncio.sleep(pause)
 
     return reply
 
 
-def fails(status: int, body: bytes, **headers: str) -> Reply:
+def fails(status: int, body: bytes, **headers: Any) -> Reply:
     """A reply in JSON."""
     return sends(body, status=status, content_type="application/json", **headers)
 
@@ -223,11 +223,8 @@ class Answer:
     @property
     def payloads(self) -> list[bytes]:
         """The payloads of the events, after a look at the framing of each."""
-        assert self.body.endswith(b"\n\n"), self.body
-        blocks = self.body.removesuffix(b"\n\n").split(b"\n\n")
-        events = [block for block in blocks if block != b": keep-alive"]
-        assert all(e.startswith(b"data: ") and b"\n" not in e for e in events), self.body
-        return [event.removeprefix(b"data: ") for event in events]
+        assert re.fullmatch(rb"((: keep-alive|data: .*)\n\n)+", self.body), self.body
+        return re.findall(rb"(?m)^data: (.*)", self.body)
 
     @property
     def error(self) -> Any:
@@ -244,10 +241,7 @@ class Case(unittest.IsolatedAsyncioTestCase):
         self.loop_errors: list[Any] = []
         handler = lambda _, context: self.loop_errors.append(context)  # noqa: E731
         asyncio.get_running_loop().set_exception_handler(handler)
-
-    async def asyncTearDown(self) -> None:
-        """Nothing went wrong behind the back of a test."""
-        self.assertEqual(self.loop_errors, [])
+        self.addCleanup(lambda: self.assertEqual(self.loop_errors, [], "behind the test's back"))
 
     async def ask(self, url: str, body: Any = HELLO, **headers: str) -> Answer:
         """POST /stream with this body (bytes as they are) and these headers besides."""
@@ -296,14 +290,8 @@ class Case(unittest.IsolatedAsyncioTestCase):
 
     async def outcomes(self, url: str) -> dict[str, float]:
         """How streams ended, and how often."""
-        name = re.compile(r'chatstream_streams_total\{outcome="(\w+)"\}')
         every = (await self.metrics(url)).items()
-        return {found[1]: n for each, n in every if n and (found := name.fullmatch(each))}
-
-    async def until_counted(self, url: str, outcome: str) -> None:
-        async with asyncio.timeout(PATIENCE):
-            while outcome not in await self.outcomes(url):
-                await asyncio.sleep(0.02)
+        return {name.split('"')[1]: n for name, n in every if n and "{outcome=" in name}
 
     def has(self, headers: Any, **wanted: str) -> None:
         """Among these headers are those: `x_request_id="i"` is `X-Request-Id: i`."""
@@ -320,35 +308,29 @@ class Case(unittest.IsolatedAsyncioTestCase):
 # ---- The program, as people start it -----------------------------------------------------
 
 # Made for these tests, for localhost, for a hundred years; it guards nothing.
-PEM_KEY = """-----BEGIN PRIVATE KEY-----
-MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgEXnsR/5BHXO0ZCDrzbFiIlHKEUJDtj+CcEOUyKqr/UahRANC
-AATqbRcwJ5GdwbOoq6zc+pyfdy8qjVmNWkyiL1vmATogUvO5wpbBahphDySW+QoilLnSeKJQLRehQ64xOy0EdbzM
+PEM = """\
+-----BEGIN PRIVATE KEY-----
+MC4CAQAwBQYDK2VwBCIEILsLHUyW/EYm2z21JVv4fI6wRrQVV+fB3eGfkxQ1sBCV
 -----END PRIVATE KEY-----
-"""
-PEM_CERTIFICATE = """-----BEGIN CERTIFICATE-----
-MIIBmjCCAUGgAwIBAgIUJUIi28uz8ApqqH7Jysz2V1zFjf4wCgYIKoZIzj0EAwIwFDESMBAGA1UEAwwJbG9jYWxob3N0MCAX
-DTI2MTEyMjE5MjIwOFoYDzIxMjYxMDI5MTkyMjA4WjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
-PQMBBwNCAATqbRcwJ5GdwbOoq6zc+pyfdy8qjVmNWkyiL1vmATogUvO5wpbBahphDySW+QoilLnSeKJQLRehQ64xOy0EdbzM
-o28wbTAdBgNVHQ4EFgQUKo+6HZoLvax1aIVBoHQuE7u+E48wHwYDVR0jBBgwFoAUKo+6HZoLvax1aIVBoHQuE7u+E48wDwYD
-VR0TAQH/BAUwAwEB/zAaBgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEwCgYIKoZIzj0EAwIDRwAwRAIgBizQ8+JvVItOa240
-4CrUyMrVo4gqtLMRd325bFtjoy8CIA4Gevmuo2XGp6Wc9LHq3iU+WBgPBgxeGgoXqtxu4GAk
+-----BEGIN CERTIFICATE-----
+MIIBGjCBzaADAgECAhRtpFCzKGMjPOVPbLMig0qGMzJtDjAFBgMrZXAwFDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTI2MTEyNTE4
+MDE1OFoYDzIxMjYxMTAxMTgwMTU4WjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwKjAFBgMrZXADIQAeSBes2VrPrVF/W4Kpre3MNGAs
+bmd9ES6xtJa/TJSN6aMvMC0wDwYDVR0TAQH/BAUwAwEB/zAaBgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEwBQYDK2VwA0EAVe0N
+VrDviZQl6QgPOl04sNrwP0l8h6aFvB4768fxq+G0YNJpWyrj/vU26CotR8XZO4h2gYI7a+DqgS+Sgh2DAA==
 -----END CERTIFICATE-----
 """
-CIPHER = "AES-128-CBC,00112233445566778899AABBCCDDEEFF"
-ENCRYPTED_KEY = PEM_KEY.replace("-\n", f"-\nProc-Type: 4,ENCRYPTED\nDEK-Info: {CIPHER}\n\n", 1)
-CLIENT_TLS = ssl.create_default_context(cadata=PEM_CERTIFICATE)
+CLIENT_TLS = ssl.create_default_context(cadata=PEM)
 
 
 @contextmanager
-def certificate() -> Iterator[tuple[str, str, ssl.SSLContext]]:
-    """The files of a certificate and its key, and what serves them."""
-    with tempfile.TemporaryDirectory() as folder:
-        cert, key = Path(folder, "cert.pem"), Path(folder, "key.pem")
-        cert.write_text(PEM_CERTIFICATE)
-        key.write_text(PEM_KEY)
+def certificate() -> Iterator[tuple[dict[str, str], ssl.SSLContext]]:
+    """What makes the program serve HTTPS, with this key and certificate, or an upstream."""
+    with tempfile.NamedTemporaryFile("w", suffix=".pem") as file:
+        file.write(PEM)
+        file.flush()
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.load_cert_chain(cert, key)
-        yield str(cert), str(key), context
+        context.load_cert_chain(file.name)
+        yield {"CHATSTREAM_TLS_CERT": file.name, "CHATSTREAM_TLS_KEY": file.name}, context
 
 
 class Program:
@@ -479,79 +461,94 @@ BAD_STREAMS: dict[str, dict[str, bytes]] = {  # code and message: by name, what 
         "a newline inside a JSON string": b'data: {"choices":[{"x":"a\ndata: b"}]}\n\n',
         "two bad ones that complete each other": framed(b'{"choices":[]},{"choices":[{}', b"{}]}")},
 }
+
+
+def said(text: bytes) -> bytes:
+    return framed(b'{"choices":[{"delta":{"content":"%b"}}]}' % text)
+
+
+HALF = framed(b'{"delta":{"content":"a"}}]}')
+LONE: list[tuple[Any, ...]] = [  # pieces, each in a read of its own; what the last one gives
+    (said(b"a"), said(b"b c"), said(b"b c")), (said(b"a"), said(b"\xc3\xa9"), said(b"\xc3\xa9")),
+    *((said(b"a"), said(bad), "upstream_invalid") for bad in (b'"', b"\\", b"\x01", b"\xff")),
+    (said(b"a"), framed(b'{"choices":[{"delta":{"content":"}}]}'), "upstream_invalid"),
+    (said(b"a"), said(b"x" * 100), "event_too_large"),
+    (said(b"a"), b"data: ", said(b"b"), "upstream_invalid"),
+    (said(b"a"), b"event: error\n", said(b"b"), "upstream_error"),
+    (b'data: {"choices":[\n', HALF, HALF, "upstream_invalid"),
+    (framed(b'{"content":"a"}'), framed(b'{"content":"b"}'), b""),
+]
 # fmt: on
 
 
 class Framing(unittest.TestCase):
     """What upstreams really send (the sources stand in the names), cut in every way."""
 
-    def splits(self, body: bytes) -> Iterator[list[int]]:
-        """Whole; halved; if short in single bytes, and in two at each: in UTF-8 and CRLF too."""
-        yield from ([], [len(body) // 2])
-        if len(body) < 4000:
-            yield list(range(1, len(body)))
-            yield from ([offset] for offset in range(1, len(body)))
-
-    def feed(self, body: bytes, cuts: list[int], cut: bool = False) -> tuple[bytes, Relay]:
+    def feed(self, body: bytes, cuts: Iterable[int] = (), cut: bool = False) -> tuple[bytes, str]:
+        """What goes out, and the code and message at the end: none for a whole answer."""
         relay, out = Relay(chatstream.EventParser(100_000)), b""
         for start, end in itertools.pairwise([0, *cuts, len(body)]):
             if start < end and not (relay.done or relay.failure):
                 out += relay.feed(body[start:end])
-        return out + (b"" if relay.done or relay.failure else relay.close(cut)), relay
+        out += b"" if relay.done or relay.failure else relay.close(cut)
+        self.assertEqual(relay.done, not relay.failure)
+        return out, f"{relay.failure.code} {relay.failure.message}" if relay.failure else ""
 
-    def fails(
-        self, code: str, body: bytes, cuts: list[int], cut: bool = False
-    ) -> tuple[bytes, str]:
-        """It ends so, and not as a whole answer; what went out, and the message."""
-        out, relay = self.feed(body, cuts, cut)
-        assert relay.failure
-        self.assertEqual((relay.failure.code, relay.done), (code, False))
-        return out, relay.failure.message
+    def splits(self, body: bytes) -> Iterator[tuple[bytes, str]]:
+        """Whole; halved; if short in single bytes, and in two at each: in UTF-8 and CRLF too."""
+        short = range(1, len(body)) if len(body) < 4000 else ()
+        for cuts in ((), (len(body) // 2,), short, *((offset,) for offset in short)):
+            with self.subTest(body[:300], cuts=cuts):
+                yield self.feed(body, cuts)
 
     def test_good_streams(self) -> None:
         """Whatever the framing, out goes `data: PAYLOAD`, byte for byte, then [DONE]; each event
         the moment its last byte is in, not when the next one comes."""
         for end in (b"\n\n", b"\r\n\r", b"\r\r"):
-            self.assertEqual(
-                Relay(chatstream.EventParser(99)).feed(b'data: {"choices":[]}' + end),
-                framed(b'{"choices":[]}'),
-            )
-        for name, (body, *expected) in GOOD_STREAMS.items():
-            for cuts in self.splits(body):
-                with self.subTest(name, cuts=cuts[:1]):
-                    out, relay = self.feed(body, cuts)
-                    self.assertEqual(out, expected[0] if expected else GOOD)
-                    self.assertEqual((relay.done, relay.failure), (True, None))
+            relay = Relay(chatstream.EventParser(99))
+            self.assertEqual(relay.feed(said(b"a")[:-2] + end), said(b"a"))
+        for body, *expected in GOOD_STREAMS.values():
+            for ending in self.splits(body):
+                self.assertEqual(ending, (expected[0] if expected else GOOD, ""))
 
     def test_bad_streams(self) -> None:
         """Whatever the dialect of the error, it is told, alone or after part of an answer."""
-        rows = [(end, *row) for end, rows in BAD_STREAMS.items() for row in rows.items()]
-        for ending, name, body in rows:
-            with self.subTest(name):
-                code, _, message = ending.partition(" ")
-                self.assertEqual(self.fails(code, body, [])[0], b"")
+        for ending, streams in BAD_STREAMS.items():
+            code, _, message = ending.partition(" ")
+            for body in streams.values():
+                out, told = self.feed(body)
+                self.assertEqual((out, told.split(" ")[0]), (b"", code))
                 good = b"" if code == "empty_stream" else framed(SAID)
-                if code == "upstream_invalid" and not body.startswith(b"data"):
-                    code = "stream_truncated"
-                for cuts in self.splits(good + body):
-                    out, told = self.fails(code, good + body, cuts)
-                    self.assertEqual(out, good)
+                is_half = code == "upstream_invalid" and not body.startswith(b"data")
+                for out, told in self.splits(good + body):
+                    expected = "stream_truncated" if is_half else code
+                    self.assertEqual((out, told.split(" ")[0]), (good, expected))
                     self.assertIn(message, told)
+
+    def test_lone_events(self) -> None:
+        """One event that differs from the last in its plain text alone is as good as that one, and
+        counts; what only looks so is seen through."""
+        for *earlier, piece, expected in LONE:
+            with self.subTest(piece, earlier=earlier):
+                relay = Relay(chatstream.EventParser(100))
+                before = [(relay.feed(each), relay.events)[1] for each in earlier][-1]
+                out = relay.feed(piece)
+                self.assertEqual(relay.failure.code if relay.failure else out, expected)
+                self.assertEqual(relay.events - before, out == piece)
 
     def test_truncation_at_every_byte(self) -> None:
         """An answer that ends before its finish_reason is never a whole one; one whose
         connection breaks needs its [DONE], too."""
         for length in range(len(framed(SAID)), len(GOOD)):
-            self.fails("stream_truncated", GOOD[:length], [], cut=True)
+            self.assertIn("stream_truncated", self.feed(GOOD[:length], cut=True)[1])
             if length < GOOD.index(STOP) + len(STOP):
-                self.fails("stream_truncated", GOOD[:length], [])
+                self.assertIn("stream_truncated", self.feed(GOOD[:length])[1])
 
     def test_long_event_in_small_pieces(self) -> None:
         """An event just within the limit passes, and costs time in proportion to its length."""
-        payload = b'{"choices":["%b"]}' % (b"x" * (100_000 - len(b'{"choices":[""]}')))
-        out, relay = self.feed(framed(payload) + TAIL, list(range(1, 100_000)))
-        self.assertEqual((out, relay.done), (framed(payload) + TAIL, True))
-        self.fails("event_too_large", framed(payload[:-3] + b'x"]}'), [])
+        body = framed(b'{"choices":["%b"]}' % (b"x" * (100_000 - 16))) + TAIL
+        self.assertEqual(self.feed(body, range(1, 100_000)), (body, ""))
+        self.assertIn("event_too_large", self.feed(body.replace(b"xx", b"xxx", 1))[1])
 
 
 class Transcripts(Case):
@@ -568,23 +565,21 @@ class Transcripts(Case):
                 head, _, body = path.read_bytes().partition(b"\r\n\r\n")
                 status = int(head[9:12] or 502)
                 kind = b"".join(re.findall(rb"(?im)^content-type: ([^\r\n]+)", head)).decode()
-                reply = sends(body, status=status, content_type=kind)
-                self.judge(await self.ask_through(reply), status, body)
-
-    def judge(self, answer: Answer, status: int, body: bytes) -> None:
-        *payloads, last = re.findall(rb"(?m)^data: (.*)\n", body) or [b""]
-        is_whole = last == b"[DONE]" and all(re.fullmatch(rb"\{.*\}", each) for each in payloads)
-        if status >= 400:
-            is_ours = status in (401, 403) or status >= 500
-            self.assertEqual(answer.status, 502 if is_ours else status)
-            self.assertTrue(is_ours or answer.error["message"].encode() in body)
-        elif b'"chat.completion"' in body:
-            self.assertEqual(answer.payloads[-1], b"[DONE]")
-        elif is_whole and b'"error"' not in body:
-            self.assertEqual(answer.payloads, [*payloads, last])
-        else:
-            self.assertNotIn(b"[DONE]", answer.body)
-            self.assertTrue(answer.error["code"])
+                answer = await self.ask_through(sends(body, status=status, content_type=kind))
+                *payloads, last = re.findall(rb"(?m)^data: (.*)\n", body) or [b""]
+                is_json = all(re.fullmatch(rb"\{.*\}", each) for each in payloads)
+                if status in (401, 403) or status >= 500:
+                    self.assertEqual(answer.status, 502)
+                elif status >= 400:
+                    self.assertEqual(answer.status, status)
+                    self.assertIn(answer.error["message"].encode(), body)
+                elif b'"chat.completion"' in body:
+                    self.assertEqual(answer.payloads[-1], b"[DONE]")
+                elif last == b"[DONE]" and is_json and b'"error"' not in body:
+                    self.assertEqual(answer.payloads, [*payloads, last])
+                else:
+                    self.assertNotIn(b"[DONE]", answer.body)
+                    self.assertTrue(answer.error["code"])
 
 
 # ---- An honest status --------------------------------------------------------------------
@@ -601,60 +596,46 @@ def resets(data: bytes) -> Reply:
     return reply
 
 
-async def comments(call: Call) -> None:
-    await call.start()
-    while True:
-        await call.send(b": ping\n\n")
-        await asyncio.sleep(0.02)
-
-
-async def its_address(call: Call) -> None:
-    await fails(400, b'{"error":"see %b"}' % call.headers["host"].encode())(call)
-
-
 OPEN = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"  # its body ends with it
 LEAK = b'{"error":"Key sk-secret-1 of x at /v1: in 10.24 s"}'
 NO_TEXTS = b'{"error":{"message":{},"type":7,"code":[]}}'
 LISTED = b'{"detail":[{"loc":["body"],"msg":"Field required"}]}'
 # fmt: off
-FAULTS: dict[str, Any] = {
-    # what the upstream does: (reply, "status code [outcome]" here, part of the message[, type])
-    "400 (llama.cpp)": (fails(400, LOUD), "400 busy", "Overloaded", "overloaded_error"),
-    "400 in a list (Gemini)": (fails(400, b"[%b]" % LOUD), "400 busy", "Over", "overloaded_error"),
-    "a code of ours": (fails(400, b'{"error":{"code":"empty_stream"}}'), "400 empty_stream", ""),
-    "422 (FastAPI)": (fails(422, b'{"detail":"Bad"}'), "422 upstream_rejected", "Bad"),
-    "422 in a list (FastAPI)": (fails(422, LISTED), "422 upstream_rejected", "Field required"),
-    "429 as a text (Scaleway)": (fails(429, b'{"error":"No"}'), "429 upstream_rejected", "No"),
-    "404 in HTML": (fails(404, b"<html>"), "404 upstream_rejected", "refused"),
-    "HTML in JSON": (fails(400, b'{"error":"<html>x"}'), "400 upstream_rejected", "refused"),
-    "no texts": (fails(400, NO_TEXTS), "400 upstream_rejected", "refused"),
-    "a secret": (fails(400, LEAK), "400 upstream_rejected", "Key *** of x at /v1: in 10.24 s"),
-    "its address": (its_address, "400 upstream_rejected", "see ***"),
-    "a novel": (fails(400, b'{"error":"%b"}' % (b"y" * 999)), "400 upstream_rejected", "y" * 500),
-    "401": (fails(401, b'{"error":"x"}'), "502 upstream_auth", "key"),
-    "403": (fails(403, b'{"error":"x"}'), "502 upstream_auth", "key"),
-    "500": (fails(500, b'{"error":"x"}'), "502 upstream_error", "failed"),
-    "a redirect, to itself": (fails(307, b"", location="/"), "502 upstream_error", "failed"),
-    "a page": (sends(b"<html>", content_type="text/html"), "502 upstream_error", "failed"),
-    "a text": (sends(b"Hi", content_type="text/plain"), "502 upstream_invalid", "be read"),
-    "200 with an error": (fails(200, LOUD), "502 busy", "Overloaded", "overloaded_error"),
-    "200 with bad JSON": (fails(200, b"{"), "502 upstream_invalid", "be read"),
-    "nothing": (sends(), "502 empty_stream", "empty"),
-    "too much": (sends(b"data: %b" % (b"x" * 50_000)), "502 event_too_large", "too large"),
-    "an error": (sends(framed(LOUD)), "502 busy", "Overloaded", "overloaded_error"),
-    "an error later": (sends(framed(SAID, LOUD) + DONE), "200 busy", "Over", "overloaded_error"),
-    "half a payload": (sends(b'data: {"cho'), "502 stream_truncated truncated", "broke off"),
-    "half an answer": (sends(framed(SAID)), "200 stream_truncated truncated", "broke off"),
-    "a reset later": (resets(OPEN + framed(SAID)), "200 stream_truncated truncated", "broke"),
-    "a reset": (resets(b""), "502 upstream_unreachable", "be reached"),
-    "half a head": (resets(OPEN[:30]), "502 upstream_unreachable", "be reached"),
-    "no HTTP": (resets(b"SSH-2.0-OpenSSH_9.2\r\n\r\n"), "502 upstream_invalid", "be read"),
-    "silence": (silent, "504 upstream_timeout timeout", "in time"),
-    "silence but for comments": (comments, "504 upstream_timeout timeout", "in time"),
-    "silence in mid-stream": (stalls, "200 upstream_timeout timeout", "in time"),
+FAULTS: dict[str, dict[str, Reply]] = {  # code and message: by name, what comes
+    "400 busy Overloaded": {
+        "llama.cpp": fails(400, LOUD), "in a list (Gemini)": fails(400, b"[%b]" % LOUD)},
+    "400 empty_stream refused": {"ours?": fails(400, b'{"error":{"code":"empty_stream"}}')},
+    "422 upstream_rejected Bad": {"FastAPI": fails(422, b'{"detail":"Bad"}')},
+    "422 upstream_rejected Field required": {"FastAPI, in a list": fails(422, LISTED)},
+    "429 upstream_rejected No": {"a text (Scaleway)": fails(429, b'{"error":"No"}')},
+    "404 upstream_rejected refused": {"HTML": fails(404, b"<html>")},
+    "400 upstream_rejected refused": {
+        "HTML in JSON": fails(400, b'{"error":"<html>x"}'), "no texts": fails(400, NO_TEXTS)},
+    "400 upstream_rejected Key *** of x at /v1: in 10.24 s": {"a secret": fails(400, LEAK)},
+    "400 upstream_rejected yyy": {"a novel": fails(400, b'{"error":"%b"}' % (b"y" * 999))},
+    "502 upstream_auth key": {"401": fails(401, LOUD), "403": fails(403, LOUD)},
+    "502 upstream_error failed": {
+        "500": fails(500, LOUD), "a redirect, to itself": fails(307, b"", location="/"),
+        "a page": sends(b"<html>", content_type="text/html")},
+    "502 upstream_invalid be read": {
+        "a text": sends(b"Hi", content_type="text/plain"), "bad JSON": fails(200, b"{"),
+        "no HTTP": resets(b"SSH-2.0-OpenSSH_9.2\r\n\r\n")},
+    "502 empty_stream empty": {"nothing": sends()},
+    "502 event_too_large too large": {"too much": sends(b"data: %b" % (b"x" * 50_000))},
+    "502 busy Overloaded": {"in JSON": fails(200, LOUD), "in a stream": sends(framed(LOUD))},
+    "200 busy Overloaded": {"an error later": sends(framed(SAID, LOUD) + DONE)},
+    "502 stream_truncated broke off": {"half a payload": sends(b'data: {"cho')},
+    "200 stream_truncated broke off": {
+        "half an answer": sends(framed(SAID)), "a reset later": resets(OPEN + framed(SAID))},
+    "502 upstream_unreachable reached": {"a reset": resets(b""), "half a head": resets(OPEN[:30])},
+    "504 upstream_timeout in time": {
+        "silence": silent,
+        "comments": sends(*[b": ping\n\n"] * 99, pause=0.02)},
+    "200 upstream_timeout in time": {"silence in mid-stream": stalls},
 }
 # fmt: on
 TYPES = {429: "rate_limit_error"} | dict.fromkeys((200, 502, 504), "upstream_error")
+OUTCOMES = {"stream_truncated": "truncated", "upstream_timeout": "timeout"}
 
 
 class Status(Case):
@@ -665,15 +646,17 @@ class Status(Case):
         settings = {"api_key": "sk-secret-1", "token": "x", "max_event_bytes": 10_000}
         counted: dict[str, float] = {}
         async with upstream(silent) as up, serving(up, idle_seconds=0.2, **settings) as url:
-            for name, (up.reply, ending, message, *kind) in FAULTS.items():
-                status, code, outcome = (*ending.split(), "upstream_error")[:3]
+            rows = [(told, *row) for told, rows in FAULTS.items() for row in rows.items()]
+            for told, name, up.reply in rows:
+                status, code, message = told.split(" ", 2)
+                outcome = OUTCOMES.get(code, "upstream_error")
                 counted[outcome] = counted.get(outcome, 0) + 1
-                with self.subTest(name):
+                with self.subTest(told, name=name):
                     answer = await self.ask(url, Authorization="Bearer x")
                     error = answer.error
                     self.assertEqual((answer.status, error["code"]), (int(status), code))
                     usual = TYPES.get(answer.status, "invalid_request_error")
-                    self.assertEqual(error["type"], kind[0] if kind else usual)
+                    self.assertEqual(error["type"], "overloaded_error" if code == "busy" else usual)
                     self.assertIn(message, error["message"])
                     self.assertLessEqual(len(error["message"]), 500)
                     self.assertEqual(error["request_id"], answer.headers["X-Request-Id"])
@@ -681,41 +664,35 @@ class Status(Case):
                     if status == "200":
                         self.assertEqual(len(answer.payloads), 2)
             self.assertEqual(await self.outcomes(url), counted)
-            self.assertEqual(len(up.calls), len(FAULTS))
+            self.assertEqual(len(up.calls), len(rows))
 
     async def test_unreachable(self) -> None:
         """Nobody there, or a certificate that nobody vouches for: 502; not there in time: 504."""
         async with serving() as url:
             self.assertEqual((await self.ask(url)).error["code"], "upstream_unreachable")
-        with certificate() as (_, _, context):
+        with certificate() as (_, context):
             async with upstream(says("Hi"), context) as up, serving(up) as url:
                 self.assertEqual((await self.ask(url)).error["code"], "upstream_unreachable")
                 self.assertEqual(up.calls, [])
         self.loop_errors.clear()  # of the upstream's side of the handshake
-        with socket.socket() as full, socket.socket() as first, socket.socket() as second:
-            full.bind(("127.0.0.1", 0))
-            full.listen(0)  # a listener whose queue is full answers no SYN
-            for each in (first, second):
-                each.setblocking(False)
-                each.connect_ex(full.getsockname())
-            base = f"http://127.0.0.1:{full.getsockname()[1]}/v1"
+        with socket.create_server(("127.0.0.1", 0)) as mute:  # it shakes no hands
+            base = f"https://127.0.0.1:{mute.getsockname()[1]}/v1"
             async with serving(base_url=base, connect_seconds=0.3) as url:
                 answer = await self.ask(url)
         self.assertEqual((answer.status, answer.error["code"]), (504, "upstream_timeout"))
 
-    async def test_in_one_piece(self) -> None:
-        """A whole completion in JSON goes out as one chunk and [DONE]."""
-        mixed = b'\xef\xbb\xbf\r\n{"choices":[{"delta":{}},\r\n{"message":{}}]\r\n}'
-        sent = b'{"choices": [{"delta": {}}, {"delta": {}}], "object": "chat.completion.chunk"}'
-        self.assertEqual((await self.ask_through(fails(200, mixed))).payloads, [sent, b"[DONE]"])
-
     async def test_kept(self) -> None:
-        """Of another 4xx the param, Retry-After and rate limits in ASCII are passed on."""
+        """Of another 4xx the param, Retry-After and rate limits are passed on, if they are good
+        ASCII, also where the parser of HTTP lets through what is not."""
         head = (
-            b"HTTP/1.1 429 X\r\nRetry-After: 7\r\nX-RateLimit-Limit: 60\r\nX-RateLimit-X: \xff\r\n"
+            b"HTTP/1.1 429 X\r\nX-RateLimit-Limit: 60\r\nX-RateLimit-X: \xff\r\nSet-Cookie: a\r\n"
         )
-        head += b"Set-Cookie: a=b\r\nContent-Length: 23\r\n\r\n"
-        answer = await self.ask_through(resets(head + b'{"error":{"param":"n"}}'))
+        head += b"Retry-After: %b\r\nContent-Length: 23\r\n\r\n" + b'{"error":{"param":"n"}}'
+        async with upstream(resets(head % b"\x01")) as up:
+            async with program(OPENAI_BASE_URL=up.url, PYTHONDEVMODE="") as run:
+                answer = await self.ask(run.url)
+        self.assertEqual((answer.status, answer.headers.get("Retry-After")), (429, None))
+        answer = await self.ask_through(resets(head % b"7"))
         self.assertEqual((answer.status, answer.error["param"]), (429, "n"))
         self.has(answer.headers, retry_after="7", x_ratelimit_limit="60")
         self.assertFalse({"X-RateLimit-X", "Set-Cookie"} & set(answer.headers))
@@ -724,8 +701,7 @@ class Status(Case):
         """A silent stream gets a comment every so often, and its status is 200 from then on."""
         answer = await self.ask_through(silent, heartbeat_seconds=0.2, idle_seconds=0.5)
         self.assertEqual((answer.status, answer.error["code"]), (200, "upstream_timeout"))
-        beats = answer.body.count(b": keep-alive\n\n")
-        self.assertIn(beats, (1, 2, 3), "one a heartbeat, not one a look")
+        self.assertIn(answer.body.count(b": keep-alive"), (1, 2, 3), "not one a look")
 
 
 # ---- What the upstream is asked ----------------------------------------------------------
@@ -736,12 +712,10 @@ class Asking(Case):
         """The upstream gets the key, the request id and the body, all that OpenAI's API knows or
         may add; nothing else of the client. What is sent on is what was checked: a second
         `model` cannot slip past. What comes back has what keeps proxies from holding it back."""
-        messages = [
-            {"role": "developer", "content": "x"},
-            {"role": "user", "content": [{"type": "text", "text": "x"}]},
-            {"role": "assistant", "content": None, "tool_calls": []},
-            {"role": "tool", "tool_call_id": "1", "content": "\U0001f600 \ud83d"},
-        ]
+        parts = [{"type": "text", "text": "x"}]
+        contents: Any = {"developer": "x", "user": parts, "assistant": None}
+        contents["tool"] = "\U0001f600 \ud83d"
+        messages = [{"role": role, "content": what, "x": 1} for role, what in contents.items()]
         body = {"messages": messages, "stream": None, "next_year": {"x": [1]}, "model": None}
         text = b'{"model": "gpt-9", ' + json.dumps(body)[1:].encode()
         async with upstream(says("Hi")) as up, serving(up, api_key="sk-1") as url:
@@ -760,13 +734,15 @@ class Asking(Case):
         self.has(answer.headers, server="chatstream")
 
     async def test_without_a_key(self) -> None:
-        """No key: no Authorization header. No cookie of an upstream is kept, though its
-        connection is used again."""
-        async with upstream(fails(200, COMPLETION, set_cookie="a=b")) as up:
+        """No key: no Authorization header. No cookie of an upstream is kept, though its connection
+        is used again. A whole completion in JSON goes out as one chunk and [DONE]."""
+        mixed = b'\xef\xbb\xbf\r\n{"choices":[{"delta":{}},\r\n{"message":{}}]\r\n}'
+        sent = b'{"choices": [{"delta": {}}, {"delta": {}}], "object": "chat.completion.chunk"}'
+        async with upstream(fails(200, mixed, set_cookie="a=b")) as up:
             up.url = up.url.replace("127.0.0.1", "localhost")  # cookies need a name
             async with serving(up) as url:
-                await self.ask(url)
-                await self.ask(url)
+                for _ in range(2):
+                    self.assertEqual((await self.ask(url)).payloads, [sent, b"[DONE]"])
         self.assertEqual((len(up.calls), len({call.transport for call in up.calls})), (2, 1))
         self.assertFalse({"authorization", "cookie"} & set(up.calls[1].headers))
 
@@ -790,18 +766,18 @@ class Asking(Case):
 
     async def test_proxy(self) -> None:
         """The environment's proxy is used, except where no_proxy says so, and never for what is
-        asked of a model on this machine."""
-        async with upstream(says("Hi")) as proxy:
+        asked of a model on this machine. The upstream's address, however short, is blotted out."""
+        async with upstream(fails(400, b'{"error":"see gpu:8000"}')) as proxy:
             variables = {"http_proxy": proxy.url.removesuffix("/v1"), "no_proxy": "example.com"}
             for name, value in variables.items():
                 self.addCleanup(os.environ.pop, name)
                 os.environ[name] = value
-            async with serving(base_url="http://upstream.invalid/v1") as url:
-                await self.ask(url)
+            async with serving(base_url="http://gpu:8000/v1") as url:
+                self.assertEqual((await self.ask(url)).error["message"], "see ***")
             for host in ("localhost:1", "127.0.0.9", "[::1]:8", "example.com"):
                 self.assertIsNone(chatstream.environment_proxy(f"http://{host}/v1"))
         lines = [call.request_line for call in proxy.calls]
-        self.assertEqual(lines, ["POST http://upstream.invalid/v1/chat/completions HTTP/1.1"])
+        self.assertEqual(lines, ["POST http://gpu:8000/v1/chat/completions HTTP/1.1"])
 
 
 # ---- Time: cancellation, back-pressure, limits -------------------------------------------
@@ -817,10 +793,10 @@ def is_gone(call: Call) -> bool:
 
 
 class Time(Case):
-    async def leave(self, up: Upstream, url: str, begun: bool, mute: bool = False) -> float:
-        """Asks, leaves in the middle, and gives the seconds until the upstream was let go: of
-        three tries the best. A mute upstream reads no more, so it never says goodbye."""
-        took = []
+    async def leave(self, up: Upstream, url: str, begun: bool, mute: bool = False) -> None:
+        """Asks, and leaves in the middle: 50 ms later the upstream is let go, at the best of three
+        tries. A mute upstream reads no more, so it never says goodbye."""
+        took: list[float] = []
         for number in range(len(up.calls), len(up.calls) + 3):
             reader, writer = await self.connect(url)
             writer.write(request())
@@ -835,39 +811,41 @@ class Time(Case):
             left = time.monotonic()
             await self.eventually(lambda: is_gone(up.calls[-1]))
             took.append(time.monotonic() - left)
-        return min(took)
+        self.assertLess(min(took), 0.05)
 
     async def test_client_leaves(self) -> None:
         """The client goes, and 50 ms later the upstream's connection is gone: before the first
         token, during heartbeats, in mid-stream."""
         for reply, beat in ((silent, 10.0), (silent, 0.02), (stalls, 10.0)):
             async with upstream(reply) as up, serving(up, heartbeat_seconds=beat) as url:
-                took = await self.leave(up, url, begun=beat < 1 or reply is stalls)
-                self.assertLess(took, 0.05)
+                await self.leave(up, url, begun=beat < 1 or reply is stalls)
                 self.assertEqual(await self.outcomes(url), {"client_gone": 3})
                 self.assertEqual((await self.metrics(url))["chatstream_active_streams"], 0)
 
     async def test_tls(self) -> None:
         """The same over TLS on both sides, also with an upstream that has gone mute. The page
         says that it will go on to speak HTTPS."""
-        with certificate() as (cert, key, context):
-            env = {"SSL_CERT_FILE": cert, "CHATSTREAM_TLS_CERT": cert, "CHATSTREAM_TLS_KEY": key}
-            async with upstream(silent, context) as up:
-                async with program(OPENAI_BASE_URL=up.url, **env) as run:
-                    for up.reply, mute in itertools.product((silent, stalls), (False, True)):
-                        took = await self.leave(up, run.url, up.reply is stalls, mute)
-                        self.assertLess(took, 0.05)
-                    page = await self.get(run.url, ssl=CLIENT_TLS)
+        with certificate() as (env, context):
+            env["SSL_CERT_FILE"] = env["CHATSTREAM_TLS_CERT"]
+            async with (
+                upstream(silent, context) as up,
+                program(OPENAI_BASE_URL=up.url, **env) as run,
+            ):
+                for up.reply, mute in itertools.product((silent, stalls), (False, True)):
+                    await self.leave(up, run.url, up.reply is stalls, mute)
+                page = await self.get(run.url, ssl=CLIENT_TLS)
         self.assertIn("max-age", page.headers["Strict-Transport-Security"])
 
     async def test_fixed_waits(self) -> None:
         """Two waits that no setting changes. An idle connection is closed before most servers do
-        it (5 s). A refusal whose body stalls is told after 2 s, and no heartbeat makes it a 200."""
+        it (5 s). A refusal whose body stalls is told after 2 s: no heartbeat makes it a 200, no
+        idle limit a 504."""
         begun = b"HTTP/1.1 429 X\r\nRetry-After: 7\r\nContent-Length: 9\r\n\r\n{"
+        short = {"heartbeat_seconds": 0.1, "idle_seconds": 0.5}
         async with upstream(says("Hi")) as up, serving(up) as url:
             await self.ask(url)
             asked = time.monotonic()
-            refused = self.ask_through(partial(Call.raw, data=begun), heartbeat_seconds=0.1)
+            refused = self.ask_through(partial(Call.raw, data=begun), **short)
             answer, _ = await asyncio.gather(refused, up.calls[0].gone.wait())
             self.assertTrue(2 < time.monotonic() - asked < 5)
         self.assertEqual((answer.status, answer.headers["Retry-After"]), (429, "7"))
@@ -875,27 +853,33 @@ class Time(Case):
 
     async def test_long_streams_live(self) -> None:
         """As long as events come, no limit ends a stream; dropped ones count as life too."""
-
-        async def long(call: Call) -> None:
-            await call.start()
-            for event in [b"data: {}\n\n", b"data: {}\n\n", framed(SAID)] * 4 + [TAIL]:
-                await asyncio.sleep(0.05)
-                await call.send(event)
-
-        answer = await self.ask_through(long, idle_seconds=0.3, write_seconds=0.3)
+        events = [b"data: {}\n\n", b"data: {}\n\n", framed(SAID)] * 4
+        reply = sends(*events, TAIL, pause=0.05)
+        answer = await self.ask_through(reply, idle_seconds=0.3, write_seconds=0.3)
         self.assertEqual(answer.payloads[-1], b"[DONE]")
 
-    async def slow(self, url: str) -> asyncio.StreamReader:
+    async def slow(self, url: str, segment: int = 536) -> asyncio.StreamReader:
         """A client that has asked and reads nothing; segments and buffers are small, so that
         some 40 KB fill all that lies between."""
         sock = socket.socket()
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, segment)
         sock.connect(("127.0.0.1", urlsplit(url).port))
         reader, writer = await asyncio.open_connection(sock=sock, limit=1024)
         self.addCleanup(writer.close)
         writer.write(request())
         return reader
+
+    async def test_slow_client(self) -> None:
+        """Who reads slowly, but steadily, is never cut: no large buffer hides what it takes."""
+        reply = sends(*[said(b"x" * 50_000)] * 80)
+        env = {"CHATSTREAM_WRITE_SECONDS": "1.2"}
+        async with upstream(reply) as up, program(OPENAI_BASE_URL=up.url, **env) as run:
+            reader = await self.slow(run.url, segment=32767)
+            for _ in range(40):
+                await asyncio.sleep(0.05)
+                await reader.readexactly(7500)
+            self.assertEqual(await self.outcomes(run.url), {})
 
     async def test_the_tail_belongs_to_the_stream(self) -> None:
         """After [DONE] the upstream is let go, even if it holds the socket open. But a stream
@@ -909,7 +893,7 @@ class Time(Case):
                 readers = [await self.slow(run.url) for _ in sizes]
                 await self.eventually(lambda: sum(call.gone.is_set() for call in up.calls) == 14)
                 self.assertGreater((await self.metrics(run.url))["chatstream_active_streams"], 1)
-                await self.until_counted(run.url, "client_gone")
+                await self.eventually(lambda: b"client_gone" in os.pread(run.log.fileno(), 9999, 0))
                 await asyncio.sleep(0.2)
                 self.assertEqual(await run.end(signal.SIGTERM), 0)
         whole = 0
@@ -923,22 +907,14 @@ class Time(Case):
     async def test_stalled_client(self) -> None:
         """Who takes nothing for the write limit has gone: new tokens do not count as reading.
         Meanwhile the upstream waits and the process does not grow, whatever would come."""
-        sent = 0
-
-        async def pours(call: Call, size: int, pause: float) -> None:
-            nonlocal sent
-            await call.start()
-            while sent < 200_000_000:
-                await call.send(framed(b'{"choices":["%b"]}' % (b"x" * size)))
-                sent += size
-                await asyncio.sleep(pause)
-
-        trickles = partial(pours, size=2000, pause=0.05)
-        async with upstream(trickles) as up, serving(up, write_seconds=0.4) as url:
+        events = [framed(b'{"choices":["%b"]}' % (b"x" * 2000))] * 200
+        reply = sends(*events, pause=0.05)
+        async with upstream(reply) as up, serving(up, write_seconds=0.4) as url:
             await self.slow(url)
-            await self.until_counted(url, "client_gone")
-            self.assertLess(sent, 200_000)
-        async with upstream(partial(pours, size=100_000, pause=0)) as up:
+            await self.eventually(lambda: up.calls and up.calls[0].gone.is_set())
+            self.assertEqual(await self.outcomes(url), {"client_gone": 1})
+            self.assertLess(up.calls[0].sent, 200_000)
+        async with upstream(sends(*[b"".join(events)] * 500)) as up:
             async with program(OPENAI_BASE_URL=up.url, CHATSTREAM_WRITE_SECONDS="1") as run:
                 await self.ask(run.url, b"{}")  # what grows at a first request has grown
                 before, started = run.memory(), time.monotonic()
@@ -946,60 +922,42 @@ class Time(Case):
                     await asyncio.wait_for(up.calls[0].gone.wait(), PATIENCE)
                     self.assertGreater(time.monotonic() - started, 0.9)
                     self.assertLess(run.memory() - before, 10_000_000)
-                    self.assertLess(sent, 100_000_000)
+                    self.assertLess(up.calls[0].sent, 100_000_000)
 
 
 # ---- Who gets in, and what they may send -------------------------------------------------
 
 # fmt: off
-BODIES = {  # name: the body, the status and the code
-    "no JSON": (b"{", 400, "invalid_json"),
-    "nothing": (b"", 400, "invalid_json"),
-    "bad UTF-8": (b'{"messages":[{"role":"user","content":"\xff"}]}', 400, "invalid_json"),
-    "NaN": (b'{"messages":[{"role":"user"}],"x":NaN}', 400, "invalid_json"),
-    "an infinite number": (b'{"messages":[{"role":"user"}],"x":1e999}', 400, "invalid_json"),
-    "5,000 digits": (b'{"messages":[{}],"x":%b}' % (b"1" * 5000), 400, "invalid_json"),
-    "deep nesting": (b"[" * 100_000, 400, "invalid_json"),
-    "deep nesting inside": (b'{"x":%b%b}' % (b"[" * 50_000, b"]" * 50_000), 400, "invalid_json"),
-    "a list": (b"[]", 400, "invalid_request"),
-    "no model": (b'{"messages":[{"role":"user"}],"model":["m"]}', 400, "invalid_request"),
-    "another model": (b'{"messages":[{"role":"user"}],"model":"n"}', 404, "model_not_found"),
-    "no stream": (b'{"messages":[{"role":"user"}],"stream":false}', 400, "stream_required"),
-    "too long": (b"x" * 200_001, 413, "body_too_large"),
-} | {name: (b'{"messages":%b}' % messages, 400, "invalid_messages") for name, messages in {
-    "empty messages": b"[]",
-    "messages of another type": b'{"role":"user"}',
-    "a message of another type": b'["hi"]',
-    "an unknown role": b'[{"role":"root"}]',
-    "a role of another type": b'[{"role":["user"]}]',
-    "content of another type": b'[{"role":"user","content":7}]',
-    "parts of another type": b'[{"role":"user","content":["x"]}]',
-}.items()}
-VISITORS: dict[str, tuple[str, dict[str, str], str]] = {  # name: request, headers, what it gets
-    "a rebound name": ("GET /", {"Host": "evil.example:80"}, "403 forbidden_host"),
-    "one for the models": ("GET /v1/models", {"Host": "evil.example"}, "403 forbidden_host"),
-    "localhost": ("GET /", {"Host": "LocalHost:1234"}, "200"),
-    "IPv6": ("GET /", {"Host": "[::1]:8080"}, "200"),
-    "an allowed host": ("GET /", {"Host": "Chat.Example:443"}, "200"),
-    "HEAD of the page": ("HEAD /", {}, "200"),
-    "health by any name": ("GET /healthz", {"Host": "10.0.0.7:8080"}, "200"),
-    "readiness by any name": ("HEAD /readyz", {"Host": "10.0.0.7:8080"}, "200"),
-    "metrics by any name": ("HEAD /metrics", {"Host": "10.0.0.7:8080"}, "200"),
-    "a program": ("POST /stream", {"Sec-Fetch-Mode": "cors"}, "400 invalid_json"),
-    "another origin": ("POST /stream", {"Origin": "http://evil.ex"}, "403 forbidden_origin"),
-    "a null origin": ("POST /stream", {"Origin": "null"}, "403 forbidden_origin"),
-    "another port": ("POST /stream", {"Origin": "http://localhost:1"}, "403 forbidden_origin"),
-    "itself": ("POST /stream", {"Host": "[::1]:8", "Origin": "http://[::1]:8"}, "400 invalid_json"),
-    "cross-site": ("POST /stream", {"Sec-Fetch-Site": "cross-site"}, "403 forbidden_origin"),
-    "not same-origin": ("POST /stream", {"Sec-Fetch-Site": "same-site"}, "403 forbidden_origin"),
-    "the page": ("POST /stream", {"Sec-Fetch-Site": "same-origin"}, "400 invalid_json"),
-    "a form": ("POST /stream", {"Content-Type": "text/plain"}, "415 unsupported_media_type"),
-    "a charset": ("POST /stream", {"Content-Type": "application/json;a=b"}, "400 invalid_json"),
-    "compressed": ("POST /stream", {"Content-Encoding": "gzip"}, "415 unsupported_media_type"),
-    "an unknown path": ("GET /nothing", {}, "404 not_found"),
-    "GET of a stream": ("GET /stream", {}, "405 method_not_allowed POST"),
-    "POST of the page": ("POST /", {"Content-Type": "x/y"}, "405 method_not_allowed GET, HEAD"),
-    "DELETE": ("DELETE /healthz", {}, "405 method_not_allowed GET, HEAD"),
+BODIES: dict[str, list[bytes]] = {  # what a body gets
+    "400 invalid_json": [
+        b"", b'{"messages":[{"role":"user","content":"\xff"}]}', b'{"messages":[{}],"x":NaN}',
+        b'{"messages":[{"role":"user"}],"x":1e999}', b'{"messages":[{}],"x":%b}' % (b"1" * 5000),
+        b"[" * 100_000, b'{"x":%b%b}' % (b"[" * 50_000, b"]" * 50_000)],
+    "400 invalid_request": [b"[]", b'{"messages":[{"role":"user"}],"model":["m"]}'],
+    "404 model_not_found": [b'{"messages":[{"role":"user"}],"model":"n"}'],
+    "400 stream_required": [b'{"messages":[{"role":"user"}],"stream":false}'],
+    "413 body_too_large": [b"x" * 200_001],
+    "400 invalid_messages": [b'{"messages":%b}' % messages for messages in (
+        b"[]", b'{"role":"user"}', b'["hi"]', b'[{"role":"root"}]', b'[{"role":["user"]}]',
+        b'[{"role":"user","content":7}]', b'[{"role":"user","content":["x"]}]')],
+}
+VISITORS = {  # what it gets: who asks, and with which headers
+    "403 forbidden_host": ["GET / Host=evil.example:80", "GET /v1/models Host=evil.example"],
+    "200": [
+        "GET / Host=LocalHost:1234", "HEAD / Host=[::1]:8080", "GET / Host=Chat.Example:443",
+        "GET /healthz Host=10.0.0.7:8080", "HEAD /readyz Host=x", "HEAD /metrics Host=x"],
+    "403 forbidden_origin": [
+        "POST /stream Origin=null", "POST /stream Origin=http://localhost:1",
+        "POST /stream Sec-Fetch-Site=same-site", "POST /v1/chat/completions Sec-Fetch-Site=x"],
+    "400 invalid_json": [  # so it may come in
+        "POST /stream Sec-Fetch-Mode=cors", "POST /stream Host=[::1]:8 Origin=http://[::1]:8",
+        "POST /stream Sec-Fetch-Site=none", "POST /stream Sec-Fetch-Site=same-origin",
+        "POST /stream Content-Type=application/json;a=b"],
+    "415 unsupported_media_type": [
+        "POST /stream Content-Type=text/plain", "POST /stream Content-Encoding=gzip"],
+    "404 not_found": ["GET /nothing"],
+    "405 method_not_allowed POST": ["GET /stream"],
+    "405 method_not_allowed GET, HEAD": ["POST / Content-Type=x/y", "DELETE /healthz"],
 }
 # fmt: on
 
@@ -1008,20 +966,22 @@ class Access(Case):
     async def test_bodies(self) -> None:
         """Every bad body gets its error, and costs nothing: the upstream is not asked."""
         async with upstream(says("Hi")) as up, serving(up, max_body_bytes=200_000) as url:
-            for name, (body, status, code) in BODIES.items():
-                with self.subTest(name):
+            for told, body in ((told, body) for told, every in BODIES.items() for body in every):
+                with self.subTest(body[:60]):
                     answer = await self.ask(url, body)
-                    self.assertEqual((answer.status, answer.error["code"]), (status, code))
+                    self.assertEqual(f"{answer.status} {answer.error['code']}", told)
             self.assertEqual(up.calls, [])
-            self.assertEqual(await self.outcomes(url), {"rejected": len(BODIES)})
+            self.assertEqual(await self.outcomes(url), {"rejected": sum(map(len, BODIES.values()))})
 
     async def test_visitors(self) -> None:
         """A page elsewhere, or a rebound name, cannot spend the key."""
         async with serving(allowed_hosts=("chat.example",)) as url:
-            for name, (line, headers, told) in VISITORS.items():
-                with self.subTest(name):
-                    method, path = line.split()
-                    sent = {"Content-Type": "application/json"} | headers
+            rows = [(told, visitor) for told, visitors in VISITORS.items() for visitor in visitors]
+            for told, visitor in rows:
+                with self.subTest(visitor):
+                    method, path, *headers = visitor.split()
+                    sent = {"Content-Type": "application/json"}
+                    sent |= dict(header.split("=", 1) for header in headers)
                     answer = await self.get(url + path, method, headers=sent)
                     code = answer.error["code"] if answer.status != 200 else ""
                     got = f"{answer.status} {code} {answer.headers.get('Allow', '')}".strip()
@@ -1036,16 +996,15 @@ class Access(Case):
     async def test_token(self) -> None:
         """With a token set, POST and the models need it; the page itself does not."""
         async with upstream(says("Hi")) as up, serving(up, token="t0k-en") as url:
-            for sent in ("", "Bearer ", "Bearer no", "t0k-en", "Basic t0k-en", "Bearer tök"):
+            bad = ("", "Bearer ", "Bearer no", "t0k-en", "Basic t0k-en", "Bearer tök")
+            for sent in (*bad, "Bearer t0k-en", "bearer t0k-en"):
                 answer = await self.ask(url, Authorization=sent)
-                self.assertEqual((answer.status, answer.error["code"]), (401, "invalid_token"))
-                self.assertEqual(answer.error["type"], "authentication_error")
-                self.has(answer.headers, www_authenticate="Bearer")
-            self.assertEqual((await self.get(url + "/v1/models")).status, 401)
-            for sent in ("Bearer t0k-en", "bearer t0k-en"):
-                self.assertEqual((await self.ask(url, Authorization=sent)).status, 200)
                 listed = await self.get(url + "/v1/models", headers={"Authorization": sent})
-                self.assertEqual(listed.status, 200)
+                self.assertEqual({answer.status, listed.status}, {401 if sent in bad else 200})
+                if sent in bad:
+                    kind, code = answer.error["type"], answer.error["code"]
+                    self.assertEqual((kind, code), ("authentication_error", "invalid_token"))
+                    self.has(answer.headers, www_authenticate="Bearer")
             self.assertEqual((await self.get(url)).status, 200)
             no_ascii = request(authorization="Bearer ?").replace(b"?", b"\xff")
             self.assertIn(b" 401 ", await self.raw(url, no_ascii))
@@ -1093,20 +1052,17 @@ class Access(Case):
         """The page comes with its policy, which names its own script and style, with an ETag,
         and 304 for who has it."""
         html = (HERE / "index.html").read_text(encoding="utf-8")
-        policy = (
-            "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; "
-            "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; "
-            "trusted-types 'none'"
-        )
+        policy = {"default-src 'none'", "connect-src 'self'", "img-src data:", "base-uri 'none'"}
+        policy |= {"form-action 'none'", "frame-ancestors 'none'", "trusted-types 'none'"}
+        policy.add("require-trusted-types-for 'script'")
         for tag, text in re.findall(r"(?s)<(script|style)>(.*?)</\1>", html):
             digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-            policy += f"; {tag}-src 'sha256-{digest}'"
+            policy.add(f"{tag}-src 'sha256-{digest}'")
         async with serving() as url:
             answer = await self.get(url)
             headers, tag = answer.headers, answer.headers["ETag"]
             self.assertEqual(answer.body.decode(), html)
-            told = headers["Content-Security-Policy"].split("; ")
-            self.assertEqual(sorted(told), sorted(policy.split("; ")))
+            self.assertEqual(set(headers["Content-Security-Policy"].split("; ")), policy)
             self.has(headers, cache_control="no-cache", referrer_policy="no-referrer")
             self.has(headers, cross_origin_opener_policy="same-origin")
             self.has(headers, cross_origin_resource_policy="same-origin")
@@ -1141,14 +1097,14 @@ class Watching(Case):
         self.assertEqual(metrics["chatstream_active_streams"], 0)
         self.assertEqual(metrics["chatstream_events_total"], 2 * 2)
         self.assertIn("text/plain; version=0.0.4", answer.headers["Content-Type"])
-        text, name = answer.body.decode(), "gen_ai_client_operation_"
-        told = re.findall(r"# HELP chatstream_(\w+) .+\n# TYPE chatstream_\1 (\w+)\n", text)
-        gauges = dict.fromkeys(("active_streams", "draining", "max_streams"), "gauge")
-        counters = dict.fromkeys(("streams_total", "events_total"), "counter")
-        self.assertEqual(dict(told), gauges | counters)
-        for each in (name + "time_to_first_chunk_seconds", name + "duration_seconds"):
-            self.assertRegex(text, rf"# HELP {each} .+\n# TYPE {each} histogram\n")
-            bounds = re.findall(each + r'_bucket\{le="([^"]+)"\} [012]\n', text)
+        told = re.findall(r"# HELP (\w+) .+\n# TYPE \1 (\w+)\n", answer.body.decode())
+        names = ("time_to_first_chunk_seconds", "duration_seconds")
+        genai = [f"gen_ai_client_operation_{name}" for name in names]
+        kinds = {f"chatstream_{n}": "gauge" for n in ("active_streams", "draining", "max_streams")}
+        kinds |= {f"chatstream_{n}_total": "counter" for n in ("streams", "events")}
+        self.assertEqual(dict(told), kinds | dict.fromkeys(genai, "histogram"))
+        for each in genai:
+            bounds = re.findall(each + r'_bucket\{le="(.+)"\} [012]\n', answer.body.decode())
             self.assertEqual(list(map(float, bounds[:15])), [0.01 * 2**n for n in range(15)])
             self.assertEqual(bounds[15:], ["327.68", "+Inf"])
             self.assertEqual(metrics[each + "_count"], 2)
@@ -1235,9 +1191,10 @@ class Watching(Case):
 # ---- Start and stop ----------------------------------------------------------------------
 
 REFUSED = {  # what is set (flags begin with --): what the one line says of it
-    "CHATSTREAM_PORT=x": "'x' must be a whole number up to 65535",
-    "CHATSTREAM_PORT=65536": "'65536' must be a whole number",
+    "CHATSTREAM_PORT=65536": "'65536' must be a whole number up to 65535",
     "--port=y": "CHATSTREAM_PORT='y' must be a whole number",
+    "--port": "CHATSTREAM_PORT='\\n' must be",
+    "--model": "OPENAI_MODEL='\\n' must be names",
     "CHATSTREAM_MAX_STREAMS=0": "'0' must be a whole number above 0",
     "CHATSTREAM_IDLE_SECONDS=0": "'0' must be a number of seconds above 0",
     "CHATSTREAM_IDLE_SECONDS=nan": "'nan' must be",
@@ -1272,37 +1229,33 @@ class Start(Case):
                     await Chatstream(chatstream.read_settings(environ, flags)).start()
                 line = str(caught.exception)
                 self.assertIn(told, line)
-                self.assertIn(given.partition("=")[0].removeprefix("--port"), line)
+                self.assertIn(next(iter(environ), ""), line)
                 self.assertNotIn("\n", line)
 
     async def test_refused_program(self) -> None:
         """The line stands alone on stderr, and the exit status is 2: for a bad setting, and for
         a page that is missing. Started through a link it finds its page."""
         with tempfile.TemporaryDirectory() as folder:
-            path, page = Path(folder, "chatstream.py"), Path(folder, "index.html")
+            path = Path(folder, "chatstream.py")
             path.symlink_to(HERE / "chatstream.py")
             async with running([str(path)], {}) as run:
                 self.assertEqual(await run.end(signal.SIGTERM), 0)
             path.unlink()
             shutil.copy(HERE / "chatstream.py", folder)
-            rows = (("index.html", None, "0"), ("='y'", b"", "y"))
-            for told, content, port in rows:
-                if content is not None:
-                    page.write_bytes(content)
+            for port, told in (("0", "index.html"), ("y", "='y'")):
                 async with running([str(path), "--port", port], {}) as run:
                     self.assertEqual((await run.end(), run.out), (2, ""))
-                self.assertEqual(len(run.err.splitlines()), 1, run.err)
-                self.assertIn(told, run.err)
+                self.assertRegex(run.err, rf"^.*{told}.*\n$")
 
     async def test_encrypted_key(self) -> None:
         """A key with a password is refused; nobody is asked for it at the terminal."""
         ours, terminal = pty.openpty()
         code = AS_A_PROGRAM.format("os.open(os.ttyname(0), os.O_RDWR)")  # now it is in control
-        with certificate() as (cert, key, _):
-            Path(key).write_text(ENCRYPTED_KEY)
-            env = {"CHATSTREAM_TLS_CERT": cert, "CHATSTREAM_TLS_KEY": key}
-            how = running(["-c", code], env, stdin=terminal, start_new_session=True)
-            async with how as run:
+        cipher = "DEK-Info: AES-128-CBC,00112233445566778899AABBCCDDEEFF"
+        with certificate() as (env, _):
+            encrypted = PEM.replace("-\n", f"-\nProc-Type: 4,ENCRYPTED\n{cipher}\n\n", 1)
+            Path(env["CHATSTREAM_TLS_KEY"]).write_text(encrypted)
+            async with running(["-c", code], env, stdin=terminal, start_new_session=True) as run:
                 self.assertEqual(await run.end(), 2)
         self.assertIn("PEM without a password", run.err)
         os.set_blocking(ours, False)
@@ -1363,37 +1316,16 @@ class Drain(Case):
                 reader, writer = await self.connect(run.url)
                 writer.write(request(Content_Length="999"))
                 await asyncio.sleep(0.1)
-                started = time.monotonic()
                 self.assertEqual(await run.end(number), 0)
-                self.assertLess(time.monotonic() - started, PATIENCE / 4)
                 self.assertIn(b" 503 ", await reader.readline())
                 self.assertRegex(run.err, r"^\S+ \S+ id=\w+ outcome=rejected status=503 .*\n$")
                 writer.close()
 
-    def pipes(self) -> dict[str, int]:
-        """One whose reader has gone, as `| head -1` does; a full one whose reader sleeps."""
-        gone, stdout = os.pipe()
-        asleep, stderr = os.pipe()
-        os.close(gone)
-        os.set_blocking(stderr, False)
-        with suppress(BlockingIOError):
-            while True:
-                os.write(stderr, bytes(4096))
-        os.set_blocking(stderr, True)
-        for each in (stdout, asleep, stderr):
-            self.addCleanup(os.close, each)
-        return {"stdout": stdout, "stderr": stderr}
-
-    async def until(self, url: str, is_open: bool) -> None:
-        """Waits until connections are accepted, or no longer."""
-        async with asyncio.timeout(PATIENCE):
-            found: Any = None
-            while found is not is_open:
-                await asyncio.sleep(0.01)
-                found = False
-                with suppress(OSError):
-                    (await self.connect(url))[1].close()
-                    found = True
+    def is_open(self, url: str) -> bool:
+        """Connections are accepted."""
+        with suppress(OSError), socket.create_connection(("127.0.0.1", urlsplit(url).port)):
+            return True
+        return False
 
     async def test_running_requests_go_on(self) -> None:
         """What runs is finished, a stream or a list of models; meanwhile new requests are
@@ -1408,7 +1340,12 @@ class Drain(Case):
 
         # Not in development mode, where asyncio tells of a connection that comes while it closes.
         env = {"PYTHONDEVMODE": "", "OPENAI_MODEL": "模型,*", "PYTHONIOENCODING": "ascii"}
-        pipes = self.pipes()
+        (gone, stdout), (asleep, stderr) = os.pipe(), os.pipe()
+        os.close(gone)  # as `| head -1` does
+        os.write(stderr, bytes(fcntl.fcntl(stderr, fcntl.F_GETPIPE_SZ)))  # full: its reader sleeps
+        pipes = {"stdout": stdout, "stderr": stderr}
+        for each in (asleep, *pipes.values()):
+            self.addCleanup(os.close, each)
         for redirect in ("", ">/dev/full 2>/dev/full", ">&- 2>&-", "2>&-", None):
             go, how = asyncio.Event(), {} if redirect is not None else pipes
             with socket.create_server(("127.0.0.1", 0)) as free:
@@ -1417,13 +1354,13 @@ class Drain(Case):
                 env["OPENAI_BASE_URL"] = up.url
                 shell = f'exec "$@" {redirect or ""}'
                 async with running(["chatstream.py"], env, shell, **how) as run:
-                    await self.until(run.url, is_open=True)
+                    await self.eventually(lambda: self.is_open(run.url))
                     listing = asyncio.ensure_future(self.get(run.url + "/v1/models"))
                     async with self.post(run.url) as response:
                         await self.eventually(lambda: len(up.calls) == 2)
                         await asyncio.gather(*(self.get(run.url + "/readyz") for _ in range(8)))
                         run.process.send_signal(signal.SIGTERM)
-                        await self.until(run.url, is_open=False)
+                        await self.eventually(lambda: not self.is_open(run.url))
                         for path, status in {"/readyz": 503, "/healthz": 200, "/": 503}.items():
                             self.assertEqual((await self.get(run.url + path)).status, status)
                         answer = await self.ask(run.url)
@@ -1440,13 +1377,7 @@ class Drain(Case):
     async def test_deadline(self) -> None:
         """Those left at the deadline are told: in-band, or by 503 if nothing was sent yet; a
         stalled reader holds nobody up."""
-
-        async def floods(call: Call) -> None:
-            await call.start()
-            while True:
-                await call.send(framed(SAID) * 500)
-
-        replies = {"a": silent, "b": stalls, "c": floods}
+        replies = {"a": silent, "b": stalls, "c": sends(*[framed(SAID) * 500] * 10_000)}
         env = {"OPENAI_MODEL": "a,b,c", "CHATSTREAM_DRAIN_SECONDS": "0.4"}
         async with upstream(lambda call: replies[call.body["model"]](call)) as up:
             async with program(OPENAI_BASE_URL=up.url, **env) as run:
@@ -1454,13 +1385,10 @@ class Drain(Case):
                     asks = (self.ask(run.url, HELLO | {"model": model}) for model in "ab")
                     told = asyncio.gather(*asks)
                     await self.eventually(lambda: len(up.calls) == 4)
-                    started = time.monotonic()
                     end = asyncio.ensure_future(run.end(signal.SIGTERM))
-                    await asyncio.sleep(0.7)  # after the deadline it reads on
+                    ends = [(each.status, each.error["code"]) for each in await told]
                     self.assertIn(b'"code": "server_draining"', (await slow.read())[-300:])
                     self.assertEqual(await end, 0)
-                    self.assertLess(time.monotonic() - started, PATIENCE / 2)
-                    ends = [(each.status, each.error["code"]) for each in await told]
         self.assertEqual(ends, [(503, "server_draining"), (200, "server_draining")])
         self.assertEqual(run.err.count("outcome=drained"), 4)
 
@@ -1468,11 +1396,12 @@ class Drain(Case):
         """A stream that is ended for one reason is not told another: not when its upstream's
         time is up and the drain's, too, since the machine was asleep."""
         env = {"CHATSTREAM_IDLE_SECONDS": "0.8", "CHATSTREAM_DRAIN_SECONDS": "1.5"}
+        env["PYTHONDEVMODE"] = ""  # see above
         async with upstream(stalls) as up, program(OPENAI_BASE_URL=up.url, **env) as run:
             async with self.post(run.url) as response:
                 await asyncio.sleep(0.3)
                 run.process.send_signal(signal.SIGTERM)
-                await self.until(run.url, is_open=False)
+                await self.eventually(lambda: not self.is_open(run.url))
                 run.process.send_signal(signal.SIGSTOP)
                 await asyncio.sleep(1.6)
                 run.process.send_signal(signal.SIGCONT)
@@ -1483,10 +1412,8 @@ class Drain(Case):
         async with upstream(stalls) as up, program(OPENAI_BASE_URL=up.url) as run:
             async with self.post(run.url):
                 run.process.send_signal(signal.SIGINT)
-                await self.until(run.url, is_open=False)
-                started = time.monotonic()
+                await run.process.stdout.readuntil(b"draining")
                 self.assertEqual(await run.end(signal.SIGINT), 1)
-                self.assertLess(time.monotonic() - started, PATIENCE / 4)
 
 
 # ---- A browser ---------------------------------------------------------------------------
@@ -2384,8 +2311,9 @@ class Readme(Case):
     def blocks(self, language: str) -> list[str]:
         return re.findall(rf"^```{language}\n(.*?)^```", self.text, re.DOTALL | re.MULTILINE)
 
-    def test_settings(self) -> None:
-        """The settings table is the dataclass: every variable, its default, what it does."""
+    def test_tables(self) -> None:
+        """The settings table is the dataclass: every variable, its default, what it does. The
+        routes are the route table; the errors are ERRORS: every code, with its status."""
         true = []
         for each in fields(Settings):
             default = each.default
@@ -2394,19 +2322,13 @@ class Readme(Case):
             cell = unset or shown.removesuffix(".0")
             true.append([f"`{chatstream.variable(each.name)}`", f"`{cell}`" if cell else "–", what])
         self.assertEqual(self.rows("## Settings"), true)
-
-    def test_routes(self) -> None:
-        """The routes of the README are the route table."""
-        told = {tuple(row[0].strip("`").split()) for row in self.rows("## Routes")}
-        true = {(method, path) for path, (method, _) in chatstream.ROUTES.items()}
-        self.assertEqual(told, true)
-
-    def test_errors(self) -> None:
-        """The error table is ERRORS: every code, with its status."""
+        told = {row[0].strip("`") for row in self.rows("## Routes")}
+        routes = chatstream.ROUTES.items()
+        self.assertEqual(told, {f"{method} {path}" for path, (method, _) in routes})
         rows = self.rows("<summary>Errors")
-        told = {code: row[0] for row in rows for code in re.findall(r"`(\w+)`", row[1])}
-        true = {code: str(row[0]) for code, row in chatstream.ERRORS.items()}
-        self.assertEqual(told, true | {"upstream_rejected": "the upstream's"})
+        codes = {code: row[0] for row in rows for code in re.findall(r"`(\w+)`", row[1])}
+        errors = {code: str(row[0]) for code, row in chatstream.ERRORS.items()}
+        self.assertEqual(codes, errors | {"upstream_rejected": "the upstream's"})
 
     def test_first_commands(self) -> None:
         """Both commands, run and test, stand in the first ten lines; it asks for the aiohttp
