@@ -1585,8 +1585,8 @@ class Page:
         for kind in ("keyDown", "keyUp"):
             await self.call("Input.dispatchKeyEvent", type=kind, **event)
 
-    async def send(self, text: str) -> None:
-        await self.focus("textbox", "Message")
+    async def send(self, text: str, box: str = "Message") -> None:
+        await self.focus("textbox", box)
         await self.type(text)
         await self.press("Enter")
 
@@ -1851,7 +1851,8 @@ ENDINGS: list[tuple[Reply, str, Reply, str, list[str], list[str]]] = [
 class Conversation(PageCase):
     async def test_endings(self) -> None:
         """However an answer ends, its words say it, it offers what helps, and nothing is lost;
-        a 429 counts its Retry-After down and then enables Retry, but sends nothing by itself."""
+        a 429 counts its Retry-After down and then enables Retry, but sends nothing by itself.
+        What no server should send, and a fault of the page, are told in words too."""
         page = await self.open()
         for reply, press, then, words, offers, sent in ENDINGS:
             with self.subTest(f"{press} {words}"):
@@ -1878,10 +1879,6 @@ class Conversation(PageCase):
         self.assertTrue(await page.run("$.log.querySelector(':disabled').innerText === 'Retry'"))
         await page.until("!$.log.querySelector(':disabled')")
         self.assertEqual(len(self.up.calls), calls)
-
-    async def test_faults(self) -> None:
-        """What the server should not do, and what the page should not, is told in words too."""
-        page = await self.open()
         answers = {
             'new Response("data: {}\\n\\n")': "The stream ended without its end mark.",
             'new Response("data: <html>\\n\\n")': "An event was not JSON.",
@@ -1987,7 +1984,7 @@ class Conversation(PageCase):
         await page.begin("Third")
         await page.click("New chat")
         self.assertEqual(await page.run("$.log.childElementCount"), 0)
-        for call in self.up.calls[2:]:
+        for call in self.up.calls:
             await asyncio.wait_for(call.gone.wait(), PATIENCE)
         await page.find("button", "Undo")
         await page.ask("Anew", PART)
@@ -2002,17 +1999,13 @@ class Conversation(PageCase):
         await page.send("Secret question")
         for token in ("wrong", "right+1"):
             await page.until("$.ask.open && !$.token.value")
-            await page.focus("textbox", "Access token")
-            await page.type(token)
-            await page.press("Enter")
+            await page.send(token, "Access token")
         await page.until_says("Hello.")
         self.assertEqual(self.sent(0), ["Secret question"])
-        await page.run("location.hash = 'token=wrong'")
-        await page.send("Again")
-        await page.until("$.ask.open")
-        await page.press("Escape")
-        await page.run("location.hash = 'token=right+1'")
-        await page.until("location.hash === ''")
+        for token in ("wrong", "right+1"):
+            await page.run("(token) => { location.hash = 'token=' + token; }", token)
+            await page.until("location.hash === ''")
+            self.assertEqual(await page.run("token"), token)
         await page.reload()
         await page.ask()
         await page.until_says("Answer complete")
@@ -2159,21 +2152,19 @@ class Conversation(PageCase):
 
     async def test_xss(self) -> None:
         """Whatever a model, a user, a model's name or an error says: no script, nothing loaded."""
-        evil = [
-            *("<script>hit()</script>", "<img src=x onerror=hit()>", "<svg/onload=hit()>"),
-            *("[x](javascript:hit())", "[x](JaVaScRiPt:hit())", "<javascript:hit()>"),
-            *("[x](data:text/html,<script>hit()</script>)", "![x](https://evil.example/x.png)"),
-            *('[x](https://a.b/"onmouseover=hit())', "[x](//evil.example)", "\0000\0"),
-            "```<img src=x onerror=hit()>\n</code><script>hit()</script>\n```",
-            "|<img src=x onerror=hit()>|\n|-|\n|<iframe src=//evil.example>|",
-            "<meta http-equiv=refresh content=0;url=https://evil.example>",
-        ]
-        text = "\n\n".join(evil)
-        page = await self.open(model=(evil[1], "b"))
+        evil = (
+            "<script>hit()</script> <img src=x onerror=hit()> <svg/onload=hit()> \0000\0\n\n"
+            "[x](javascript:hit()) [x](JaVaScRiPt:hit()) <javascript:hit()> [x](//evil.example)\n"
+            '[x](data:text/html,<script>hit()</script>) [x](https://a.b/"onmouseover=hit())\n'
+            "![x](https://evil.example/x.png)\n\n"
+            "```<img src=x onerror=hit()>\n</code><script>hit()</script>\n```\n\n"
+            "|<img src=x onerror=hit()>|\n|-|\n|<iframe src=//evil.example>|\n\n"
+            "<meta http-equiv=refresh content=0;url=https://evil.example>"
+        )
+        page = await self.open(model=("<img src=x onerror=hit()>", "b"))
         await page.run("window.hits = 0; window.hit = () => { window.hits += 1; }")
-        broken = sends(delta(content=text), chunk(error={"message": text[:400]}))
-        for reply in (broken, refuses(400, text[:400])):
-            await page.ask(text, reply)
+        await page.ask(evil, sends(delta(content=evil), chunk(error={"message": evil[:400]})))
+        await page.ask(evil, refuses(400, evil[:400]))
         inside = "[...document.querySelectorAll('[role=log] *')].map((one) => one.localName)"
         allowed = "article h2 div p a br span button pre code table thead tbody tr th td small"
         self.assertLessEqual(set(await page.run(inside)), set(allowed.split()))
