@@ -1420,21 +1420,15 @@ class Drain(Case):
 # One Chromium for all, a fresh context (its own storage) per page. Things are found as a
 # screen reader finds them: by role and accessible name.
 
+WANTED = os.environ.get("CHATSTREAM_BROWSER")  # "required" or "none"; else: if there is one
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-MUST_RUN = os.environ.get("CHATSTREAM_BROWSER") == "required"
-NO_BROWSER = os.environ.get("CHATSTREAM_BROWSER") == "none"
-CHROMIUM = None if NO_BROWSER else next(filter(None, map(shutil.which, NAMES)), None)
+CHROMIUM = None if WANTED == "none" else next(filter(None, map(shutil.which, NAMES)), None)
 AXE = os.environ.get("CHATSTREAM_AXE")  # axe.min.js of the npm package axe-core
-FLAGS = (
-    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
-    "--mute-audio --disable-background-networking --disable-component-update "
-    "--remote-debugging-port=0 about:blank"
-)
 
 
 class Page:
-    def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
-        self.socket, self.session = socket, ""
+    def __init__(self, socket: aiohttp.ClientWebSocketResponse, up: Upstream) -> None:
+        self.socket, self.session, self.up = socket, "", up
         self.answers: dict[int, asyncio.Future[Any]] = {}
         self.events: list[Any] = []
         self.numbers = itertools.count(1)
@@ -1454,35 +1448,32 @@ class Page:
         head = {"sessionId": self.session} if self.session else {}
         await self.socket.send_json({"id": number, "method": method, "params": params, **head})
         said = await asyncio.wait_for(answer, PATIENCE)
-        if "error" in said:
-            raise AssertionError(f"{method}: {said['error']['message']}")
+        assert "error" not in said, said
         return said["result"]
 
     async def run(self, code: str, *values: Any) -> Any:
         """The value of a JavaScript expression in the page; of a function, called with these."""
-        if values:
-            code = f"({code})({', '.join(map(json.dumps, values))})"
-        said = await self.call(
-            "Runtime.evaluate", expression=code, awaitPromise=True, returnByValue=True
-        )
-        if "exceptionDetails" in said:
-            raise AssertionError(said["exceptionDetails"]["exception"].get("description", code))
+        code = f"({code})({', '.join(map(json.dumps, values))})" if values else code
+        how = {"awaitPromise": True, "returnByValue": True}
+        said = await self.call("Runtime.evaluate", expression=code, **how)
+        assert "exceptionDetails" not in said, said["exceptionDetails"]
         return said["result"].get("value")
 
-    async def until(self, code: str) -> Any:
-        """Wait until a JavaScript expression is true, and return its value."""
+    async def wait(self, look: Callable[[], Awaitable[Any]], aim: str) -> Any:
+        """What a look finds, as soon as it finds something."""
         end = time.monotonic() + PATIENCE
-        while not (value := await self.run(code)):
-            assert time.monotonic() < end, f"never true: {code}\n{await self.text()}"
+        while not (found := await look()):
+            assert time.monotonic() < end, f"never: {aim}\n{await self.run('$.log.innerText')}"
             await asyncio.sleep(0.01)
-        return value
+        return found
+
+    async def until(self, code: str) -> Any:
+        """The value of a JavaScript expression, as soon as it is true."""
+        return await self.wait(partial(self.run, code), code)
 
     async def until_says(self, *words: str) -> None:
         for word in words:
             await self.until(f"document.body.innerText.includes({json.dumps(word)})")
-
-    async def text(self) -> str:
-        return str(await self.run("$.log.innerText"))
 
     async def all(self, role: str, name: str) -> list[int]:
         root = (await self.call("DOM.getDocument", depth=0))["root"]["nodeId"]
@@ -1490,13 +1481,9 @@ class Page:
         found = (await self.call("Accessibility.queryAXTree", **query))["nodes"]
         return [node["backendDOMNodeId"] for node in found if not node["ignored"]]
 
-    async def find(self, role: str, name: str, index: int = -1) -> int:
+    async def find(self, role: str, name: str, index: int = -1) -> Any:
         """The last element with this role and accessible name, as soon as there is one."""
-        end = time.monotonic() + PATIENCE
-        while not (found := await self.all(role, name)):
-            assert time.monotonic() < end, f"no {role} {name!r}\n{await self.text()}"
-            await asyncio.sleep(0.01)
-        return found[index]
+        return (await self.wait(partial(self.all, role, name), f"{role} {name!r}"))[index]
 
     async def focus(self, role: str, name: str, index: int = -1) -> None:
         await self.call("DOM.focus", backendNodeId=await self.find(role, name, index))
@@ -1519,21 +1506,28 @@ class Page:
         await self.call("Input.insertText", text=text)
 
     async def press(self, key: str, code: int = 0, modifiers: int = 0) -> None:
-        code = code or {"Enter": 13, "Escape": 27, "Tab": 9}.get(key, 0)
         event: dict[str, Any] = {"key": key, "code": key, "modifiers": modifiers}
-        event |= {"windowsVirtualKeyCode": code} | ({"text": "\r"} if key == "Enter" else {})
+        event["windowsVirtualKeyCode"] = code or {"Enter": 13, "Escape": 27}[key]
+        event |= {"text": "\r"} if key == "Enter" else {}
         for kind in ("keyDown", "keyUp"):
             await self.call("Input.dispatchKeyEvent", type=kind, **event)
 
-    async def send(self, text: str) -> None:
-        await self.focus("textbox", "Message")
+    async def send(self, text: str, box: str = "Message") -> None:
+        await self.focus("textbox", box)
         await self.type(text)
         await self.press("Enter")
 
-    async def ask(self, text: str = "Hello") -> None:
-        """Send a message and wait until its answer has ended, however it did."""
+    async def ask(self, text: str = "Hello", reply: Reply | None = None) -> None:
+        """Send a message, answered by this reply or the last, and wait for the answer's end."""
+        self.up.reply = reply or self.up.reply
         await self.send(text)
         await self.until("$.log.ariaBusy === 'false'")
+
+    async def begin(self, text: str = "Hello") -> None:
+        """Send a message, and wait for the beginning of an answer that never ends."""
+        self.up.reply = stalls
+        await self.send(text)
+        await self.until_says("Once")
 
     async def reload(self) -> None:
         await self.run("window.before = true")
@@ -1541,27 +1535,24 @@ class Page:
         await self.until("window.before === undefined && document.readyState === 'complete'")
 
 
-@unittest.skipUnless(CHROMIUM or MUST_RUN, "no Chromium found: install it to test the page")
+@unittest.skipUnless(CHROMIUM or WANTED == "required", "no Chromium: the page is not tested")
 class PageCase(unittest.IsolatedAsyncioTestCase):
-    folder: tempfile.TemporaryDirectory[str]
-    chromium: subprocess.Popen[str]
     devtools: str
 
     @classmethod
     def setUpClass(cls) -> None:
         assert CHROMIUM, "CHATSTREAM_BROWSER=required, but no Chromium was found"
-        cls.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        command = [CHROMIUM, f"--user-data-dir={cls.folder.name}", *FLAGS.split()]
-        cls.chromium = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        assert cls.chromium.stderr
-        lines = (line for line in cls.chromium.stderr if "DevTools listening" in line)
+        folder = cls.enterClassContext(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+        flags = (
+            "--headless=new --no-sandbox --disable-gpu --disable-quic --disable-component-update"
+        )
+        flags += " --disable-background-networking --no-first-run --remote-debugging-port=0"
+        command = [CHROMIUM, f"--user-data-dir={folder}", *flags.split(), "about:blank"]
+        chromium = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        cls.enterClassContext(chromium)
+        cls.addClassCleanup(chromium.terminate)
+        lines = (line for line in chromium.stderr or () if "DevTools listening" in line)
         cls.devtools = next(lines).split()[-1]
-
-    @classmethod
-    def tearDownClass(cls) -> None:
-        cls.chromium.terminate()
-        cls.chromium.communicate()
-        cls.folder.cleanup()
 
     async def asyncSetUp(self) -> None:
         self.exits = AsyncExitStack()
@@ -1572,21 +1563,19 @@ class PageCase(unittest.IsolatedAsyncioTestCase):
         """The texts of the messages of a request, without the system's."""
         return [message["content"] for message in self.up.calls[call].body["messages"][1:]]
 
-    async def open(
-        self, fragment: str = "", width: int = 1000, height: int = 700, **settings: Any
-    ) -> Page:
+    async def open(self, fragment: str = "", width: int = 1000, **settings: Any) -> Page:
         """A new tab, with storage of its own, that shows a server in front of self.up."""
         self.url = await self.exits.enter_async_context(serving(self.up, **settings))
         http = await self.exits.enter_async_context(aiohttp.ClientSession())
         socket = http.ws_connect(self.devtools, max_msg_size=0)
-        page = Page(await self.exits.enter_async_context(socket))
-        context = await page.call("Target.createBrowserContext")
+        page = Page(await self.exits.enter_async_context(socket), self.up)
+        context = await page.call("Target.createBrowserContext", disposeOnDetach=True)
         target = await page.call("Target.createTarget", url="about:blank", **context)
         attached = await page.call("Target.attachToTarget", **target, flatten=True)
         page.session = attached["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network", "Accessibility"):
             await page.call(f"{domain}.enable")
-        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        size = {"width": width, "height": 700, "deviceScaleFactor": 1, "mobile": False}
         await page.call("Emulation.setDeviceMetricsOverride", **size)
         await page.call("Emulation.setFocusEmulationEnabled", enabled=True)
         await page.call("Page.navigate", url=self.url + "/" + fragment)
@@ -1598,59 +1587,49 @@ class PageCase(unittest.IsolatedAsyncioTestCase):
 # As the models write it. Left: what came; right: the HTML it becomes, without attributes.
 
 # fmt: off
+CODE = "<div><div><span>%s</span><button>Copy</button></div><pre><code>%s</code></pre></div>"
 MARKDOWN = {
     "# A\n\n## B ##\n### C#\n####### D": "<h1>A</h1><h2>B</h2><h3>C#</h3><p>####### D</p>",
-    "##### E": "<h5>E</h5>",
     "a **b** *c* ***d*** ~~e~~ `f`": "<p>a <strong>b</strong> <em>c</em> "
         "<em><strong>d</strong></em> <del>e</del> <code>f</code></p>",
-    "snake_case_name, 2*3*4, 2**3**4, a*b, ~5": "<p>snake_case_name, 2*3*4, 2**3**4, a*b, ~5</p>",
-    "**open and *open": "<p>**open and *open</p>",
+    "snake_case_name, 2*3*4, 2**3**4, a | b": "<p>snake_case_name, 2*3*4, 2**3**4, a | b</p>",
+    "`` a`b `` **b *c `d": "<p><code>a`b</code> **b *c `d</p>",
     r"\*no\* \# c:\dir": r"<p>*no* # c:\dir</p>",
     "one\ntwo  \nthree\\\nfour": "<p>one<br>two<br>three<br>four</p>",
-    "- a\n- b\n  - c\n    - d\n- e":
-        "<ul><li>a</li><li>b<ul><li>c<ul><li>d</li></ul></li></ul></li><li>e</li></ul>",
-    "1. a\n   - b\n2. c": "<ol><li>a<ul><li>b</li></ul></li><li>c</li></ol>",
+    "- a\n  - b\n    - c": "<ul><li>a<ul><li>b<ul><li>c</li></ul></li></ul></li></ul>",
     "1. a\n  - b\n\n2. c": "<ol><li>a<ul><li>b</li></ul></li><li>c</li></ol>",
     "7. a\n8. b": '<ol start="7"><li>a</li><li>b</li></ol>',
     "- a\n\n  b\n- c\nd": "<ul><li>a<p>b</p></li><li>c<br>d</li></ul>",
     "In the year\n2024. it was": "<p>In the year<br>2024. it was</p>",
-    "> a\n> - b\n>\n> c\n\nd":
-        "<blockquote><p>a</p><ul><li>b</li></ul><p>c</p></blockquote><p>d</p>",
+    "> a\n> - b\n>\n> c": "<blockquote><p>a</p><ul><li>b</li></ul><p>c</p></blockquote>",
     "a\n\n---\n***\nb": "<p>a</p><hr><hr><p>b</p>",
-    "```py\nif a:\n\n    *b*\n```\nc": "CODE[py|if a:\n\n    *b*]<p>c</p>",
-    "````\n```\n````": "CODE[|```]",
-    "~~~\nopen": "CODE[|open]",
-    "- a\n  ```sh\n  ls\n   -l\n  ```\n- b": "<ul><li>aCODE[sh|ls\n -l]</li><li>b</li></ul>",
-    "|a|b|c|\n|-|:-:|--:|\n|`x\\|y`|**2**|": "<div><table><thead><tr><th>a</th><th>b</th>"
-        "<th>c</th></tr></thead><tbody><tr><td><code>x|y</code></td><td><strong>2</strong></td>"
-        "<td></td></tr></tbody></table></div>",
+    "```py\nif a:\n\n    *b*\n```\nc": CODE % ("py", "if a:\n\n    *b*") + "<p>c</p>",
+    "````\n```\n````": CODE % ("", "```"),
+    "- a\n  ```\n   b\n  ```\n- c": "<ul><li>a" + CODE % ("", " b") + "</li><li>c</li></ul>",
+    "|a|b|\n|-|--:|\n|`x\\|y`|": "<div><table><thead><tr><th>a</th>"
+        '<th class="right">b</th></tr></thead><tbody><tr><td><code>x|y</code></td>'
+        '<td class="right"></td></tr></tbody></table></div>',
     "a | b\n--- | ---\n1 | 2\n\nend": "<div><table><thead><tr><th>a</th><th>b</th></tr></thead>"
         "<tbody><tr><td>1</td><td>2</td></tr></tbody></table></div><p>end</p>",
-    "a | b, no table": "<p>a | b, no table</p>",
     '[a *b*](https://x.y/w_(z)?q#f "t") [r](/x) [j](javascript:alert(1))':
         '<p><a href="https://x.y/w_(z)?q#f">a <em>b</em></a> [r](/x) [j](javascript:alert(1))</p>',
-    "<https://x.y> <mailto:a@b.c> https://x.y/z. (http://q.r) [https://q.r]":
+    "<https://x.y> <mailto:a@b.c> https://x.y/z. (http://q.r)":
         '<p><a href="https://x.y">https://x.y</a> <a href="mailto:a@b.c">mailto:a@b.c</a> '
-        '<a href="https://x.y/z">https://x.y/z</a>. (<a href="http://q.r">http://q.r</a>) '
-        '[<a href="https://q.r">https://q.r</a>]</p>',
-    "![pixel](https://x.y/p.png?d=1) ![](data:image/png,x)":
-        '<p><a href="https://x.y/p.png?d=1">pixel</a> ![](data:image/png,x)</p>',
+        '<a href="https://x.y/z">https://x.y/z</a>. (<a href="http://q.r">http://q.r</a>)</p>',
+    "![p](https://x.y/p) ![](data:x)": '<p><a href="https://x.y/p">p</a> ![](data:x)</p>',
     "[![alt](https://i.j/k)](https://x.y)": '<p><a href="https://x.y">alt</a></p>',
-    "<b onclick=x>hi</b> &amp; <!-- c -->":
-        "<p>&lt;b onclick=x&gt;hi&lt;/b&gt; &amp;amp; &lt;!-- c --&gt;</p>",
-    "**“重点”**内容，见https://x.y。":
-        '<p><strong>“重点”</strong>内容，见<a href="https://x.y">https://x.y</a>。</p>',
-    "`` a`b `` and `open": "<p><code>a`b</code> and `open</p>",
+    "<b onclick=x>hi</b> &amp;": "<p>&lt;b onclick=x&gt;hi&lt;/b&gt; &amp;amp;</p>",
+    "**“重”**见https://x.y。": '<p><strong>“重”</strong>见<a href="https://x.y">https://x.y</a>。</p>',
     r"\(a_1*b_2*c\) $x_1*y*z_2$ $5 and $6 \[": r"<p>\(a_1*b_2*c\) $x_1*y*z_2$ $5 and $6 [</p>",
     "\\[\na *b* c\n\\]": r"<p>\[<br>a *b* c<br>\]</p>",
     "- [ ] a\n- [x] b\n- [y] c": "<ul><li>☐ a</li><li>☑ b</li><li>[y] c</li></ul>",
+    "~~~\nopen": CODE % ("", "open"),
 }
 # What must take no time, though it invites trouble: each is repeated to 50,000 characters.
 HOSTILE = [
-    "*", "**a", "*a_", "_a ", "[", "![", "](", "[](", "[a](b", '[](a "', "`", "`a``", "<",
-    "<https://", ">", "> ", "- ", "- a ", "|", "|-", "~~", "\\", "#", "# ", "http://", "_https:///",
-    "(http://a", "\n> ", "\n- ", "\n1. ", "\n" + " " * 40 + "- a", "```\n", "\n|a|\n|-|", "![a",
-    "*a **b ", "a*", "a**_", " ", "\t", "\n\n", "-", "=", "0.", "<a", "[https://a.b ", "\n```",
+    "*", "**a", "*a_", "[", "![", "](", "[a](b", '[](a "', "`", "`a``", "<https://", "> ", "- a ",
+    "|", "~~", "\\", "# ", "http://", "_https:///", "(http://a", "\n> ", "\n- ", "\n1. ", "```\n",
+    "\n" + " " * 40 + "- a", "\n|a|\n|-|", "*a **b ", "a**_", " ", "\t", "\n\n", "-", "[http://b ",
 ]
 # fmt: on
 SAMPLE = "\n\n".join(MARKDOWN)
@@ -1661,27 +1640,24 @@ RENDER = """(...pieces) => {
     show(text);
     return root.innerHTML;
 }"""
-SKETCH = """(text) => {  // the HTML without the attributes that are the same everywhere
-    const root = document.createElement('div');
-    markdownInto(root)(text);
-    for (const one of root.querySelectorAll('.code')) {
-        const parts = [one.querySelector('span'), one.querySelector('code')];
-        one.replaceWith(`CODE[${parts.map((part) => part.textContent).join('|')}]`);
-    }
-    for (const one of root.querySelectorAll('*'))
-        for (const name of one.getAttributeNames())
-            if (!['href', 'start'].includes(name)) one.removeAttribute(name);
-    return root.innerHTML;
-}"""
 
 
 class Markdown(PageCase):
     async def test_what_models_write(self) -> None:
-        """Markdown becomes the elements that people expect, and what is none stays text."""
+        """Markdown becomes the elements that people expect, and what is none stays text; no text
+        takes long or overflows the stack, however its marks are nested or left open."""
         page = await self.open()
         for text, html in MARKDOWN.items():
             with self.subTest(text):
-                self.assertEqual(await page.run(SKETCH, text), html)
+                made = re.sub(
+                    r' (?!href|start|class="right)[a-z-]+="[^"]*"', "", await page.run(RENDER, text)
+                )
+                self.assertEqual(made, html)
+        for unit in HOSTILE:
+            with self.subTest(unit):
+                began = time.monotonic()
+                await page.run(RENDER, (unit * 50_000)[:50_000], "x")
+                self.assertLess(time.monotonic() - began, PATIENCE / 10)
 
     async def test_splits(self) -> None:
         """The final DOM is the same whatever the pieces that the text came in, and a block whose
@@ -1700,44 +1676,42 @@ class Markdown(PageCase):
             }
             return nodes.length > 100 && nodes.every((node) => node.parentNode === root);
         }"""
-        self.assertTrue(await page.run(code, SAMPLE.replace("open", "")))
+        self.assertTrue(await page.run(code, SAMPLE))
 
-    async def test_colours(self) -> None:
-        """Code gets its colours as ranges, which add no node, and loses them with the answer."""
-        self.up.reply = says('```py\ndef f(x):  # why\n    return "a" + 1\n```\n\nend')
-        page = await self.open()
-        await page.ask()
+    async def test_code(self) -> None:
+        """Code gets its colours as ranges, which add no node, and loses them with the answer; a
+        browser without such ranges shows it plain. Copy takes a block's code, or the Markdown of
+        its answer, and says so; on http too."""
+        page, code = await self.open(), 'def f(x):  # why\n    return "a" + 1'
+        source = f"```py\n{code}\n```\n\n**end**"
+        await page.ask(reply=says(source))
         seen = """[...CSS.highlights].map(([kind, ranges]) => [kind, ...[...ranges].map((range) =>
-            range.startContainer.data.slice(range.startOffset, range.endOffset))])"""
-        want = [
-            ["keyword", "def", "return"],
-            ["comment", "# why"],
-            ["string", '"a"'],
-            ["number", "1"],
-        ]
+            range.startContainer.data.slice(range.startOffset, range.endOffset))].join(' '))"""
+        want = ["keyword def return", "comment # why", 'string "a"', "number 1"]
         self.assertEqual(await page.run(seen), want)
         self.assertEqual(await page.run("document.querySelector('pre code').childNodes.length"), 1)
-        self.up.reply = says("~~~\nnone\n~~~")
-        await page.tap("Regenerate")
-        await page.until_says("none", "Answer complete")
-        self.assertEqual(
-            await page.run("[...CSS.highlights.values()].map((one) => one.size)"), [0] * 4
-        )
-
-    async def test_hostile_text(self) -> None:
-        """No text takes long or overflows the stack, however its marks are nested or left open."""
-        page = await self.open()
-        timed = f"(text) => {{ const t = performance.now(); ({RENDER})(text, 'x');"
-        for unit in HOSTILE:
-            with self.subTest(unit):
-                text = (unit * 50_000)[:50_000]
-                ms = await page.run(timed + "return performance.now() - t; }", text)
-                self.assertLess(ms, 1000)
+        await page.run("navigator.clipboard.writeText = async (text) => { window.copied = text; }")
+        catch = "addEventListener('copy', (e) => { copied = e.clipboardData.getData('text'); })"
+        for _ in range(2):
+            for index, text in ((-2, code), (-1, source)):
+                await page.tap("Copy", index)
+                await page.find("button", "Copied")
+                self.assertEqual(await page.run("window.copied"), text)
+            await page.run("Object.defineProperty(navigator, 'clipboard', { value: undefined })")
+            await page.run(catch)
+            await page.ask()
+        await page.run("$.newChat.click()")
+        for text in ("none", "return"):
+            await page.ask(reply=says("~~~\n" + text))
+            sizes = await page.run("[...CSS.highlights.values()].map((one) => one.size)")
+            self.assertEqual(sizes, [0] * 4)
+            await page.run("delete window.Highlight")
+        await page.until_says("return", "Answer complete")
 
     async def test_sse_framing(self) -> None:
         """The parser finds the same events wherever the bytes are cut, whatever ends the lines."""
         page = await self.open()
-        lines = ["\ufeffdata: a\u2028é😀", ": c", "data:b", "", "", "data", "", "id: 7", "data:  [DONE]"]  # fmt: skip  # noqa: E501
+        text = "\ufeffdata: a\u2028é😀\n: c\ndata:b\n\n\ndata\n\nid: 7\ndata:  [DONE]"
         code = """async (text) => {
             const all = new Set(), bytes = new TextEncoder().encode(text);
             for (let cut = 0; cut <= bytes.length; cut += 1) {
@@ -1750,30 +1724,11 @@ class Markdown(PageCase):
             return [...all].map(JSON.parse);
         }"""
         for end, tail in itertools.product(("\n", "\r\n", "\r"), ("", "\n", "\n\n")):
-            text = end.join(lines) + tail.replace("\n", end)
-            self.assertEqual(await page.run(code, text), [["a\u2028é😀\nb", " [DONE]"]])
+            seen = await page.run(code, (text + tail).replace("\n", end))
+            self.assertEqual(seen, [["a\u2028é😀\nb", " [DONE]"]])
 
 
 # ---- A conversation ----------------------------------------------------------------------
-
-
-async def half(call: Call) -> None:
-    """A reply that says the half of something and then waits."""
-    await call.start()
-    await call.send(delta(content="Half of"))
-    await call.gone.wait()
-
-
-def breaks(*pieces: str, error: Any = None) -> Reply:
-    """A reply that breaks off after these pieces: with an in-band error, or without a word."""
-
-    async def reply(call: Call) -> None:
-        await call.start()
-        for piece in pieces:
-            await call.send(delta(content=piece))
-        await (call.send(chunk(error=error)) if error else call.cut())
-
-    return reply
 
 
 def steps(go: asyncio.Semaphore, *parts: bytes) -> Reply:
@@ -1789,62 +1744,54 @@ def steps(go: asyncio.Semaphore, *parts: bytes) -> Reply:
 
 
 def refuses(status: int, message: str = "No.", **headers: str) -> Reply:
-    async def reply(call: Call) -> None:
-        await call.start(status, "application/json", **headers)
-        error = {"message": message, "type": "t", "param": None, "code": "c"}
-        await call.send(json.dumps({"error": error}).encode())
-
-    return reply
+    error = {"message": message, "type": "t", "param": None, "code": "c"}
+    return fails(status, json.dumps({"error": error}).encode(), **headers)
 
 
-LOST, TWICE = {"message": "GPU lost"}, {"message": "It broke off."}
+PART, CUT, PIECE = says("Part"), says("Part", finish="length"), delta(content="Part")
+LOST, TWICE = (chunk(error={"message": m}) for m in ("GPU lost", "It broke off."))
 BOTH = ["Continue", "Retry"]
 # What the model does; what the person presses then, and what the model does next; the words that
 # show in the end, after "not" those that do not; what is offered; what the last request was.
 # fmt: off
 ENDINGS: list[tuple[Reply, str, Reply, str, list[str], list[str]]] = [
-    (says("Part"), "", silent, "Part|Answer complete", [], ["Hello"]),
-    (says("Part", finish=None), "", silent, "Part|Answer complete", [], ["Hello"]),
+    (PART, "", silent, "Part|Answer complete", [], ["Hello"]),
     (sends(delta("stop"), DONE), "", silent, "Answer complete|not Copy", [], ["Hello"]),
-    (says("Part", finish="length"), "", silent, "Part|Cut at the token limit.|not broke off",
-        ["Continue"], ["Hello"]),
+    (CUT, "", silent, "Cut at the token limit.|not broke off", ["Continue"], ["Hello"]),
     (says("Part", finish="weird"), "", silent, "Part|broke off|“weird”", BOTH, ["Hello"]),
-    (breaks("Part"), "", silent, "Part|broke off|Answer not complete", BOTH, ["Hello"]),
-    (breaks("Part", error=LOST), "", silent, "The answer broke off: GPU lost", BOTH, ["Hello"]),
-    (breaks("Part", error=TWICE), "", silent, "It broke off.|not The answer", BOTH, ["Hello"]),
-    (refuses(400, "Too long."), "", silent, "No answer: Too long.", ["Retry"], ["Hello"]),
-    (breaks(), "", silent, "No answer: ", ["Retry"], ["Hello"]),
-    (half, "Stop", silent, "Half of|Stopped by you.", ["Continue"], ["Hello"]),
-    (breaks("Half of ", error=LOST), "Continue", says("it."), "Half of it.|Answer complete|not GPU",
-        [], ["Hello", "Half of "]),
-    (says("Part", finish="length"), "Continue", refuses(400, "Full."), "Part|No answer: Full.",
-        BOTH, ["Hello", "Part"]),
+    (sends(PIECE), "", silent, "Part|broke off|Answer not complete", BOTH, ["Hello"]),
+    (sends(PIECE, LOST), "", silent, "The answer broke off: GPU lost", BOTH, ["Hello"]),
+    (sends(PIECE, TWICE), "", silent, "It broke off.|not The answer", BOTH, ["Hello"]),
+    (sends(), "", silent, "No answer: ", ["Retry"], ["Hello"]),
+    (stalls, "Stop", silent, "Once|Stopped by you.", ["Continue"], ["Hello"]),
+    (sends(PIECE, LOST), "Continue", says("ner."), "Partner.|Answer complete|not GPU", [],
+        ["Hello", "Part"]),
+    (CUT, "Continue", refuses(400, "Full."), "Part|No answer: Full.", BOTH, ["Hello", "Part"]),
     (refuses(400), "Retry", says("Now."), "Now.|not No.", [], ["Hello"]),
-    (says("Worse."), "Regenerate", says("Better."), "Better.|not Worse.", [], ["Hello"]),
-    (says("Good."), "Regenerate", refuses(400, "Full."), "Good.|No answer: Full.", BOTH, ["Hello"]),
-    (says("One."), "Edit", says("Two."), "Hello!|Two.|not One.", [], ["Hello!"]),
+    (PART, "Regenerate", says("Better."), "Better.|not Part", [], ["Hello"]),
+    (PART, "Regenerate", refuses(400, "Full."), "Part|No answer: Full.", BOTH, ["Hello"]),
+    (PART, "Edit", says("Two."), "Hello!|Two.|not Part", [], ["Hello!"]),
 ]
 # fmt: on
 
 
 class Conversation(PageCase):
     async def test_endings(self) -> None:
-        """However an answer ends, its words say it, it offers what helps, and nothing is lost."""
+        """However an answer ends, its words say it, it offers what helps, and nothing is lost;
+        a 429 counts its Retry-After down and then enables Retry, but sends nothing by itself.
+        What no server should send, and a fault of the page, are told in words too."""
         page = await self.open()
         for reply, press, then, words, offers, sent in ENDINGS:
             with self.subTest(f"{press} {words}"):
-                self.up.reply = reply
                 await page.click("New chat")
+                self.up.reply = reply
                 await page.send("Hello")
-                await page.until("$.log.ariaBusy === 'false' || $.log.innerText.includes('Half')")
-                self.up.reply, calls = then, len(self.up.calls) + (press not in ("", "Stop"))
+                await page.until("$.log.ariaBusy === 'false' || $.log.innerText.includes('Once')")
+                self.up.reply = then
                 if press:
                     await page.click(press)
                 if press == "Edit":
-                    await page.type("!")
-                    await page.press("Enter")
-                while len(self.up.calls) < calls:
-                    await asyncio.sleep(0.01)
+                    await page.send("!")
                 await page.until("$.log.ariaBusy === 'false'")
                 text = await page.run("document.body.innerText")
                 for word in (*words.split("|"), "not undefined", "not [object", "not NaN"):
@@ -1853,19 +1800,24 @@ class Conversation(PageCase):
                 self.assertEqual([b for b in BOTH if await page.all("button", b)], offers)
                 self.assertEqual(len(await page.all("alert", "")), int("Retry" in offers))
                 self.assertEqual(self.sent(), sent)
-        await page.run("wire.add = () => { throw new RangeError('oops'); }; 0")
-        await page.ask()
-        await page.until_says("No answer: This page has a fault (oops).")
-
-    async def test_wait(self) -> None:
-        """A 429 counts its Retry-After down and then enables Retry; nothing is sent by itself."""
-        self.up.reply = refuses(429, "Slow down.", retry_after="1")
-        page = await self.open()
-        await page.ask()
+        await page.ask(reply=refuses(429, "Slow down.", retry_after="1"))
         await page.until_says("Slow down.", "Wait 1 s")
+        calls = len(self.up.calls)
         self.assertTrue(await page.run("$.log.querySelector(':disabled').innerText === 'Retry'"))
         await page.until("!$.log.querySelector(':disabled')")
-        self.assertEqual(len(self.up.calls), 1)
+        self.assertEqual(len(self.up.calls), calls)
+        answers = {
+            'new Response("data: {}\\n\\n")': "The stream ended without its end mark.",
+            'new Response("data: <html>\\n\\n")': "An event was not JSON.",
+            'new Response("<html>", { status: 502 })': "The server answered with status 502.",
+            "Promise.reject(new TypeError())": "The server cannot be reached.",
+            "new Response(new ReadableStream({ pull() { throw TypeError(); } }))": "was lost.",
+            "({ ok: true, get body() { throw new RangeError('oops'); } })": "has a fault (oops).",
+        }
+        for answer, words in answers.items():
+            await page.run(f"window.fetch = async () => {answer}; 0")
+            await page.ask()
+            await page.until_says("No answer: ", words)
 
     async def test_first_token_before_the_last(self) -> None:
         """What has arrived shows while the rest has not; the whole conversation is sent, and can
@@ -1878,17 +1830,16 @@ class Conversation(PageCase):
         await page.until_says("Hel", "Answering…")
         self.assertEqual(await page.run("$.log.ariaBusy"), "true")
         go.release()
-        await page.until_says("Answer complete", "7 tokens", "First token")
+        await page.until_says("Answer complete", "7 tokens", "First token", "· m")
         self.assertIn("Hello", await page.run("document.querySelector('strong').innerText"))
-        self.up.reply = says("Again.")
         await page.run("document.querySelector('header details').open = true")
         await page.focus("textbox", "System prompt")
-        await page.type(" Be brief.")
-        await page.ask("Two")
+        await page.type("Be brief. ")
+        await page.ask("Two", says("Again."))
         body = self.up.calls[-1].body["messages"]
         self.assertEqual([m["role"] for m in body], ["system", "user", "assistant", "user"])
         self.assertEqual(self.sent(), ["One", "**Hello**", "Two"])
-        self.assertIn("Be brief.", body[0]["content"])
+        self.assertEqual(body[0]["content"], "Be brief. You are a helpful assistant.")
         complaints = {"Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded"}
         self.assertEqual([said for said in page.events if said["method"] in complaints], [])
         for name in ("You", "Assistant"):
@@ -1896,43 +1847,39 @@ class Conversation(PageCase):
         self.assertTrue((await page.run("document.title")).startswith("One"))
         await page.run("URL.createObjectURL = (blob) => { window.saved = blob; return '#'; }")
         await page.click("Save")
-        saved = await page.run("saved.text()")
-        self.assertTrue(saved.startswith("## You\n\nOne\n\n## Assistant\n\n**Hello**\n\n## You"))
-        self.assertIn("markdown", await page.run("saved.type"))
+        saved = await page.run("saved.text().then((text) => saved.type + '\\n' + text)")
+        self.assertIn("/markdown\n## You\n\nOne\n\n## Assistant\n\n**Hello**\n\n## You", saved)
 
     async def test_stop(self) -> None:
         """Stop, and Esc, close the upstream within 50 ms and keep the part; Enter does nothing
         meanwhile, and a double click on Send does not stop."""
         page, took = await self.open(), []
-        noted = "() => { window.at = Date.now(); }, true"
-        await page.run(f"addEventListener('click', {noted}); addEventListener('keydown', {noted})")
-        for reply, key in itertools.product((half, silent), ("", "Escape")):
-            self.up.reply = reply
+        for reply, key in itertools.product((stalls, silent), ("", "Escape")):
+            self.up.reply, calls = reply, len(self.up.calls)
             await page.run("$.message.value = ''")
             await page.send("Hello")
-            await page.until_says("Half of" if reply is half else "Answering…")
-            while not self.up.calls or self.up.calls[-1].gone.is_set():
+            await page.until_says("Once" if reply is stalls else "Answering…")
+            while len(self.up.calls) == calls:
                 await asyncio.sleep(0.01)
-            await page.type("next")
-            await page.press("Enter")
-            await page.find("button", "Stop")
+            await page.send("next")
+            began = time.monotonic()
             await (page.press(key) if key else page.click("Stop"))
             await asyncio.wait_for(self.up.calls[-1].gone.wait(), PATIENCE)
-            took.append(time.time() - await page.run("window.at") / 1000)
+            took.append(time.monotonic() - began)
             await page.until_says("Stopped by you")
-            await page.find("button", "Send")
             self.assertEqual(await page.run("$.message.value"), "next")
-        self.assertEqual(len(self.up.calls), 4)
         self.assertLess(min(took), 0.05)
-        self.up.reply = half
-        await page.click("Send", count=2)  # a double click does not stop what it began
-        await page.until_says("next", "Half of", "Answering…")
+        self.up.reply = stalls
+        await page.click("Send", count=2)
+        await page.until_says("next", "Once", "Answering…")
         self.assertEqual(len(self.up.calls), 5)
 
-    async def test_edit(self) -> None:
-        """Edit fills the composer and puts its draft aside; Esc, and sending, bring it back."""
-        page = await self.open()
-        value = "document.activeElement.value"
+    async def test_edit_and_undo(self) -> None:
+        """Edit fills the composer and puts its draft aside; Esc, and sending, bring it back. Undo
+        brings back what New chat, Regenerate or Edit took, after a reload too, and stops what
+        runs; it stays until the next message."""
+        page, value = await self.open(), "document.activeElement.value"
+        texts = "turns.map((one) => one.content)"
         await page.ask("First")
         await page.ask("Second")
         await page.type("draft")
@@ -1945,99 +1892,76 @@ class Conversation(PageCase):
         self.assertEqual(self.sent(), ["First"])
         await page.tap("Edit", 0)
         await page.tap("Regenerate", 0)  # what is edited stays, its answer goes
-        await page.until_says("Answer complete")
         self.assertEqual(await page.run(value), "draft")
-
-    async def test_undo(self) -> None:
-        """Undo brings back what New chat, Regenerate or Edit took, after a reload too, and stops
-        what runs; it stays until the next message."""
-        page = await self.open()
-        texts = "turns.map((one) => one.content)"
-        await page.ask("First")
-        self.assertEqual(await page.all("button", "Undo"), [])
-        await page.ask("Second")
+        await page.until_says("Answer complete")
+        await page.ask()
         whole = await page.run(texts)
-        self.up.reply = half
+        self.up.reply = stalls
         for name in ("Regenerate", "Edit", "New chat"):
             with self.subTest(name):
+                self.assertEqual(await page.all("button", "Undo"), [])
                 await page.tap(name, 0)
                 if name == "Edit":
                     await page.press("Enter")
-                if name == "New chat":
-                    await page.reload()
-                else:
-                    await page.until_says("Half of")
+                await (page.reload() if name == "New chat" else page.until_says("Once"))
                 self.assertNotEqual(await page.run(texts), whole)
                 await page.click("Undo")
                 self.assertEqual(await page.run(texts), whole)
-                self.assertEqual(await page.all("button", "Undo"), [])
                 self.assertEqual(await page.run("$.log.ariaBusy"), "false")
-        await page.send("Third")
-        await page.until_says("Half of")
+        await page.begin("Third")
         await page.click("New chat")
         self.assertEqual(await page.run("$.log.childElementCount"), 0)
-        for call in self.up.calls[2:]:
+        for call in self.up.calls:
             await asyncio.wait_for(call.gone.wait(), PATIENCE)
         await page.find("button", "Undo")
-        self.up.reply = says("Fresh.")
-        await page.ask("Anew")
+        await page.ask("Anew", PART)
         self.assertEqual(self.sent(), ["Anew"])
         self.assertEqual(await page.all("button", "Undo"), [])
 
     async def test_token(self) -> None:
         """A 401 asks for the access token, again if it is wrong, and sends what was asked;
         #token=… is taken at the start and in an open page, and leaves the address bar."""
-        page = await self.open(token="right+1")
+        page = await self.open("#token=wrong", token="right+1")
+        self.assertEqual(await page.run("location.hash"), "")
         await page.send("Secret question")
         for token in ("wrong", "right+1"):
             await page.until("$.ask.open && !$.token.value")
-            await page.focus("textbox", "Access token")
-            await page.type(token)
-            await page.press("Enter")
+            await page.send(token, "Access token")
         await page.until_says("Hello.")
         self.assertEqual(self.sent(0), ["Secret question"])
+        for token in ("wrong", "right+1"):
+            await page.run("(token) => { location.hash = 'token=' + token; }", token)
+            await page.until("location.hash === ''")
+            self.assertEqual(await page.run("token"), token)
         await page.reload()
         await page.ask()
-        self.assertFalse(await page.run("$.ask.open"))
-        page = await self.open("#token=wrong", token="right+1")
-        self.assertEqual(await page.run("location.hash"), "")
-        await page.run("location.hash = 'token=right+1'")
-        await page.until("location.hash === ''")
-        await page.ask()
-        await page.until_says("Hello.")
-
-    async def test_reload(self) -> None:
-        """A reload keeps conversation and draft; an answer that it interrupts is marked so."""
-        page = await self.open()
-        await page.ask("First")
-        self.up.reply = half
-        await page.send("Second")
-        await page.until_says("Half of")
-        await page.type("a draft")
-        await page.reload()
-        await page.until_says("First", "Hello.", "Second", "Half of", "Interrupted")
-        self.assertEqual(await page.run("$.message.value"), "a draft")
-        await page.find("button", "Continue")
+        await page.until_says("Answer complete")
 
     async def test_storage(self) -> None:
-        """Damaged or full, the storage stops nothing; it is not written at every key."""
+        """A reload keeps conversation and draft; an answer that it interrupts is marked so.
+        Damaged or full, the storage stops nothing; it is not written at every key."""
         page = await self.open()
+        await page.ask("First")
+        await page.begin("Second")
         await page.run("""window.saves = 0; const { stringify } = JSON;
             JSON.stringify = (value) => { saves += 'turns' in value; return stringify(value); }""")
         for letter in "not at every key":
             await page.type(letter)
         await page.until("sessionStorage.chat?.includes('not at every key')")
         self.assertLess(await page.run("saves"), 8)
+        await page.reload()
+        await page.until_says("First", "Hello.", "Second", "Once", "Interrupted")
+        self.assertEqual(await page.run("$.message.value"), "not at every key")
+        await page.find("button", "Continue")
         odd = '{"turns":[null,7,{"role":"assistant","content":5,"tools":9,"until":"x"}]}'
         for junk in ("{", "7", "[]", odd, '{"turns":{}}', '{"turns":"x","taken":[[]],"draft":{}}'):
-            await page.run("onpagehide = null")
-            await page.run("(junk) => { sessionStorage.chat = junk; }", junk)
+            await page.run("(junk) => { onpagehide = null; sessionStorage.chat = junk; }", junk)
             await page.reload()
             self.assertEqual(await page.run("$.log.childElementCount"), 0)
         await page.run("sessionStorage.rest = ' '.repeat(5e6 + 200000)")
-        await page.ask("x" * 100_000)
+        await page.ask("x" * 100_000, PART)
         await page.until("$.status.innerText.includes('Storage is full')")
-        self.assertIn("Hello.", await page.text())
+        await page.until_says("Part")
 
     async def test_first_sight(self) -> None:
         """The empty page says how to send, what the demo is, and offers messages to click; with
@@ -2062,44 +1986,20 @@ class Conversation(PageCase):
         await page.click("New chat")
         await page.click("What are server-sent events?")
         await page.until_says("Hello.")
-        self.assertEqual(
-            [self.sent(0)[0].strip(), *self.sent()], ["a", "What are server-sent events?"]
-        )
+        self.assertEqual(self.sent(0) + self.sent(), ["a\n\n", "What are server-sent events?"])
         self.assertEqual(self.up.calls[0].body["model"], "demo-cut-off")
-
-    async def test_copy(self) -> None:
-        """Copy takes the Markdown of an answer, or a block's code, and says so; on http too."""
-        source = "**a**\n\n```\nx = 1\n```"
-        self.up.reply = says(source)
-        page = await self.open()
-        await page.run("navigator.clipboard.writeText = async (text) => { window.copied = text; }")
-        catch = "addEventListener('copy', (e) => { copied = e.clipboardData.getData('text'); })"
-        for _ in range(2):
-            await page.ask()
-            for text in (source, "x = 1"):
-                await page.tap("Copy")
-                await page.find("button", "Copied")
-                self.assertEqual(await page.run("window.copied"), text)
-            await page.run("Object.defineProperty(navigator, 'clipboard', { value: undefined })")
-            await page.run(catch)
 
     async def test_reasoning_and_tools(self) -> None:
         """Reasoning is folded, once, and not sent back; a refusal shows, tools are named."""
-        call = {"name": "weather", "arguments": "{}"}
-        page = await self.open()
-        for thought in ({"reasoning_content": "hm", "reasoning": "hm"}, {"reasoning": "hm"}):
-            self.up.reply = sends(
-                delta(**thought) + delta(content="So"),
-                delta(tool_calls=[{"index": 0, "function": call}, {"function": {"name": "clock"}}]),
-                delta(refusal="I will not.") + delta("tool_calls") + DONE,
-            )
-            await page.click("New chat")
-            await page.ask()
-            folded = "document.querySelector('[role=log] details')"
-            self.assertEqual(await page.run(folded + ".textContent"), "Reasoninghm")
-            self.assertFalse(await page.run(folded + ".open"))
-            for words in ("So\n", "weather, clock", "I will not."):
-                self.assertIn(words, await page.text())
+        page, call = await self.open(), {"name": "weather", "arguments": "{}"}
+        thoughts = delta(reasoning_content="h", reasoning="h") + delta(reasoning="m")
+        tools = [{"index": 0, "function": call}, {"function": {"name": "clock"}}]
+        refusal = delta(refusal="I will not.") + delta("tool_calls") + DONE
+        await page.ask(reply=sends(thoughts + delta(content="So", tool_calls=tools) + refusal))
+        folded = "(({ textContent, open }) => [textContent, open])($.log.querySelector('details'))"
+        self.assertEqual(await page.run(folded), ["Reasoninghm", False])
+        for words in ("So\n", "weather, clock", "I will not.", "Answer complete"):
+            await page.until_says(words)
         await page.ask()
         self.assertNotIn("hm", json.dumps(self.up.calls[-1].body))
 
@@ -2108,8 +2008,7 @@ class Conversation(PageCase):
         go = asyncio.Semaphore(0)
         parts = [delta(content="line\n\n" * 40 + f"Part {i}\n\n") for i in range(3)]
         self.up.reply = steps(go, *parts, DONE)
-        page = await self.open()
-        gap = "$.log.scrollHeight - $.log.scrollTop - $.log.clientHeight"
+        page, gap = await self.open(), "$.log.scrollHeight - $.log.scrollTop - $.log.clientHeight"
         await page.send("Hello")
         await page.until_says("Part 0")
         await page.until(gap + " < 2")
@@ -2125,13 +2024,11 @@ class Conversation(PageCase):
         go.release()
         await page.until_says("Part 2")
         await page.until(gap + " < 2")
-        go.release()
 
     async def test_wire(self) -> None:
         """The wire, opened late, follows the end: each line as it came, in one row, the last 500,
         what the token adds apart from what repeats; and the gaps between events, in words too."""
-        go, texts = asyncio.Semaphore(0), [*["y"] * 600, *["x" * 500] * 5]
-        text = b"".join(delta(content=text) for text in texts)
+        go, text = asyncio.Semaphore(0), delta(content="y") * 600 + delta(content="x" * 500) * 5
         self.up.reply = steps(go, text, delta("stop") + DONE)
         page = await self.open()
         await page.send("Hello")
@@ -2143,79 +2040,66 @@ class Conversation(PageCase):
         go.release()
         await page.until_says("Answer complete", "[DONE]", "606 events", "first event")
         self.assertLess(await page.run(end), 2)
-        rows = await page.run("[...$.lines.children].map((row) => row.innerText)")
-        self.assertEqual(len(rows), 500)
+        looks = "[...$.lines.children].map((row) => [row.innerText, row.offsetHeight])"
+        rows, heights = zip(*await page.run(looks), strict=True)
+        self.assertEqual((len(rows), len(set(heights))), (500, 1))
         self.assertRegex(rows[0], r"^\d+ ms\s+data: \{")
         self.assertLess(max(map(len, rows)), 420)
-        one_row = "new Set([...$.lines.children].map((row) => row.offsetHeight)).size"
-        self.assertEqual(await page.run(one_row), 1)
         self.assertEqual(await page.run("$.lines.querySelector('b').innerText"), '"y"')
         name = await page.run("$.plot.ariaLabel")
         self.assertRegex(name, r"longest \d.*full height.*median \d")
         self.assertTrue(await page.all("image", name))
-        self.up.reply = sends(b": hm\n\n" + delta(content="z"), chunk(error={"message": "No."}))
-        await page.ask()
+        await page.ask(reply=sends(delta(content="z"), LOST))
         kinds = await page.run("[...$.lines.children].map((row) => row.className)")
         self.assertEqual(kinds, ["event", "error"])
         self.assertIn("M0 ", await page.run("$.firstMark.getAttribute('d')"))
-        await page.click("Wire")
-        self.assertEqual(await page.all("complementary", "Wire"), [])
 
     async def test_motion_and_touch(self) -> None:
         """Nothing moves for those who asked for that, and a finger finds 40 px; at 360 px nothing
         scrolls sideways but code and tables, each within its own box."""
-        page = await self.open(width=360, height=740)
+        page = await self.open(width=360)
         await page.call("Emulation.setTouchEmulationEnabled", enabled=True)
         media = [{"name": "prefers-reduced-motion", "value": "reduce"}]
         await page.call("Emulation.setEmulatedMedia", features=media)
         table = "|a|b|\n|-|-|\n|" + "wide " * 9 + "|" + "x" * 99 + "|\n\n"
-        self.up.reply = says(table + "```\n" + "x" * 200 + "\n```\n" + "y" * 300)
-        await page.ask("z" * 300)
+        await page.ask("z" * 300, says(table + "```\n" + "x" * 200 + "\n```\n" + "y" * 300))
         boxes = "[document.documentElement, $.log].map((b) => b.scrollWidth - b.clientWidth)"
         for _ in range(2):
             self.assertEqual(await page.run(boxes), [0, 0])
             await page.click("Wire")
-        self.up.reply = half
-        await page.send("Hello")
-        await page.until_says("Half of")
+        await page.begin()
         moves = "document.getAnimations({ subtree: true }).length"
         self.assertEqual(await page.run(moves), 0)
         await page.call("Emulation.setEmulatedMedia", features=[])
         self.assertEqual(await page.run(moves), 1)
-        low = """[...document.querySelectorAll('button, select, summary, textarea')].filter(
-            (one) => one.checkVisibility() && one.getBoundingClientRect().height < 40).length"""
-        self.assertTrue(await page.run("matchMedia('(pointer: coarse)').matches"))
-        self.assertEqual(await page.run(low), 0)
+        low = """matchMedia('(pointer: coarse)').matches &&
+            [...document.querySelectorAll('button, select, summary, textarea')].filter(
+                (one) => one.checkVisibility() && one.getBoundingClientRect().height < 40).length"""
+        self.assertIs(await page.run(low), 0)
 
     async def test_xss(self) -> None:
         """Whatever a model, a user, a model's name or an error says: no script, nothing loaded."""
-        # fmt: off
-        evil = [
-            "<script>hit()</script>", "<img src=x onerror=hit()>", "<svg/onload=hit()>",
-            "[x](javascript:hit())", "[x](JaVaScRiPt:hit())", "<javascript:hit()>",
-            "[x](data:text/html,<script>hit()</script>)", "![x](https://evil.example/x.png)",
-            '[x](https://a.b/"onmouseover=hit())', "[x](//evil.example)",
-            "```<img src=x onerror=hit()>\n</code><script>hit()</script>\n```",
-            "|<img src=x onerror=hit()>|\n|-|\n|<iframe src=//evil.example>|",
-            "<style>@import 'https://evil.example'</style>", "<base href=https://evil.example>",
-            "<meta http-equiv=refresh content=0;url=https://evil.example>", "\0000\0",
-        ]
-        # fmt: on
-        text = "\n\n".join(evil)
-        page = await self.open(model=(evil[1], "b"))
+        evil = (
+            "<script>hit()</script> <img src=x onerror=hit()> <svg/onload=hit()> \0000\0\n\n"
+            "[x](javascript:hit()) [x](JaVaScRiPt:hit()) <javascript:hit()> [x](//evil.example)\n"
+            '[x](data:text/html,<script>hit()</script>) [x](https://a.b/"onmouseover=hit())\n'
+            "![x](https://evil.example/x.png)\n\n"
+            "```<img src=x onerror=hit()>\n</code><script>hit()</script>\n```\n\n"
+            "|<img src=x onerror=hit()>|\n|-|\n|<iframe src=//evil.example>|\n\n"
+            "<meta http-equiv=refresh content=0;url=https://evil.example>"
+        )
+        page = await self.open(model=("<img src=x onerror=hit()>", "b"))
         await page.run("window.hits = 0; window.hit = () => { window.hits += 1; }")
-        broken = breaks(text, error={"message": text[:400]})
-        for reply in (says(text), broken, refuses(400, text[:400])):
-            self.up.reply = reply
-            await page.ask(text)
+        await page.ask(evil, sends(delta(content=evil), chunk(error={"message": evil[:400]})))
+        await page.ask(evil, refuses(400, evil[:400]))
         inside = "[...document.querySelectorAll('[role=log] *')].map((one) => one.localName)"
         allowed = "article h2 div p a br span button pre code table thead tbody tr th td small"
         self.assertLessEqual(set(await page.run(inside)), set(allowed.split()))
-        links = "[...$.log.querySelectorAll('a')].map((a) => a.protocol + ' ' + a.rel)"
-        self.assertEqual(set(await page.run(links)), {"https: noopener noreferrer"})
-        asked = [s["params"] for s in page.events if s["method"] == "Network.requestWillBeSent"]
-        urls = {params["request"]["url"] for params in asked}
-        self.assertEqual({url for url in urls if not url.startswith((self.url, "data:"))}, set())
+        links = await page.run("[...$.log.querySelectorAll('a')].map((a) => a.protocol + a.rel)")
+        self.assertEqual(set(links), {"https:noopener noreferrer"})
+        asked = (s for s in page.events if s["method"] == "Network.requestWillBeSent")
+        urls = [said["params"]["request"]["url"] for said in asked]
+        self.assertEqual([u for u in urls if not u.startswith((self.url, "data:"))], [])
         self.assertEqual(await page.run("window.hits"), 0)
 
     async def test_long_answers(self) -> None:
@@ -2228,68 +2112,57 @@ class Conversation(PageCase):
             "|a|b|c|\n|-|:-:|-:|\n": "|a cell|`b`|**c** and more|\n",
             "```\n": "x = 1\n",
         }
-        watch = """window.tasks = []; new PerformanceObserver((list) => tasks.push(
-            ...list.getEntries().map((one) => one.duration))).observe({ type: 'longtask' })"""
+        cases = [((start + unit * 9000)[:100_000], 100, 1.0) for start, unit in kinds.items()]
+        cases.append(("Some words in a paragraph.\n\n" * 21_000, 600_000, 0.4))
         page = await self.open()
-        await page.run(watch)
+        await page.run("""window.tasks = []; new PerformanceObserver((list) => tasks.push(
+            ...list.getEntries().map((one) => one.duration))).observe({ type: 'longtask' })""")
         await page.call("Accessibility.disable")  # DevTools' own tree costs more
-
-        async def ask(limit: float) -> None:
-            for _ in range(3):  # a busy machine may disturb one or two
+        for text, size, patience in cases:
+            self.up.reply = says(*(text[i : i + size] for i in range(0, len(text), size)))
+            for _ in range(5):  # a busy machine may disturb some
                 await page.run("$.newChat.click(); tasks.length = 0")
                 started = time.monotonic()
                 await page.run("send('Hello')")
                 await page.until("$.status.innerText === 'Answer complete'")
                 took = time.monotonic() - started
-                tasks = [ms for ms in await page.run("tasks") if ms > 10 * PATIENCE]
-                if not tasks and took < limit:
-                    return
-            self.fail(f"took {took} s, {tasks} ms")
-
-        for start, unit in kinds.items():
-            with self.subTest(unit):
-                text = (start + unit * 9000)[:100_000]
-                self.up.reply = says(*(text[i : i + 100] for i in range(0, len(text), 100)))
-                await ask(PATIENCE)
-        self.up.reply = says("Some words in a paragraph.\n\n" * 21_000)
-        await ask(0.4 * PATIENCE)
+                busy = os.getloadavg()[0] / (os.cpu_count() or 1)
+                tasks = [t for t in await page.run("tasks") if t > (10 + 5 * busy) * PATIENCE]
+                if not tasks and took < patience * PATIENCE:
+                    break
+            else:
+                self.fail(f"{text[:50]!r} took {took} s, {tasks} ms")
         self.assertEqual(await page.run("document.querySelectorAll('.text p').length"), 21_000)
 
     @unittest.skipUnless(AXE, "CHATSTREAM_AXE does not name an axe.min.js")
     async def test_axe(self) -> None:
         """axe-core finds nothing: empty, streaming, done and failed, in light and in dark."""
-        axe = Path(AXE or "").read_text(encoding="utf-8")
         check = """axe.run().then(({ violations }) => violations.map(
             (one) => one.id + ' ' + one.nodes.map((node) => node.html)))"""
         page = await self.open(model=("demo", "demo-cut-off"))
-        await page.run(axe + ";0")
-
-        async def look(state: str) -> None:
-            self.assertEqual(await page.run(check), [], state)
-
+        await page.run(Path(AXE or "").read_text(encoding="utf-8") + ";0")
+        found = []
         for scheme in ("light", "dark"):
             media = [{"name": "prefers-color-scheme", "value": scheme}]
             await page.call("Emulation.setEmulatedMedia", features=media)
-            await look("empty")
-            self.up.reply = half
-            await page.send("Hello")
-            await page.until_says("Half of")
+            found += await page.run(check)
+            await page.begin()
             await page.click("Wire")
             await page.run("document.querySelector('header details').open = true")
-            await look("streaming")
+            found += await page.run(check)
             await page.click("Stop")
             for reply in (says(SAMPLE), refuses(429, "Slow down.", retry_after="60")):
-                self.up.reply = reply
-                await page.ask()
-                await look("ended")
+                await page.ask(reply=reply)
+                found += await page.run(check)
             await page.tap("Edit")
-            await look("edit")
+            found += await page.run(check)
             await page.press("Escape")
             await page.click("New chat")
             await page.click("Wire")
             await page.run("askToken('Why').then(() => {}); 0")
-            await look("token")
+            found += await page.run(check)
             await page.press("Escape")
+        self.assertEqual(found, [])
 
 
 # ---- The README --------------------------------------------------------------------------
