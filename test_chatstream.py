@@ -369,7 +369,7 @@ async def running(
         run = Program(process, log)
         try:
             if process.stdout:
-                line = await asyncio.wait_for(process.stdout.readline(), PATIENCE)
+                line = await asyncio.wait_for(process.stdout.readline(), 3 * PATIENCE)
                 run.out = line.decode()
             chosen = f"http://127.0.0.1:{env['CHATSTREAM_PORT']}"
             run.url = run.out.rpartition(" ")[2].strip() or chosen
