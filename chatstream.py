@@ -147,7 +147,7 @@ class Relay:
             self.failure = Failure("event_too_large")
         except Failure as failure:
             self.failure = failure
-        self.around = around if out == [piece] and not self.finished else None
+        self.around = around if out == [piece] else None
         return b"".join(out)
 
     def check(self, name: bytes, data: bytes) -> bytes:
