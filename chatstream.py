@@ -93,8 +93,7 @@ class EventParser:
         if self.after_cr and piece:
             piece, self.after_cr = piece.removeprefix(b"\n"), False
         self.after_cr = self.after_cr or piece.endswith(b"\r")
-        # On bytes, splitlines() ends a line at LF, CRLF and CR, as the standard does. On str
-        # it would end one at U+2028 too, which is text.
+        # On bytes this ends a line at LF, CRLF or CR, as the standard does; on str at U+2028, too.
         *lines, rest = (piece + b"|").splitlines()  # the mark: so the last one never has its end
         if lines and self.partial:
             lines[0] = bytes(self.partial) + lines[0]
@@ -111,10 +110,10 @@ class EventParser:
 DONE = b"data: [DONE]\n\n"
 HEARTBEAT = b": keep-alive\n\n"
 
-# One event, framed as we frame it. To parse JSON is the dearest thing that a relay does: an event
-# that differs from the last good one in the plain text of its content alone, where no quote, no
-# backslash and no half a character can hide, is as good as that one, and goes out unparsed.
-LONE = re.compile(rb'(data: .*"content": ?")[^"\\\x00-\x1f\x80-\xff]*(".*\n\n)')
+# A chunk with plain text as its content. To parse JSON is the dearest thing that a relay does: a
+# payload that differs from the last good one in such text alone, where no quote, no backslash and
+# no half a character can hide, is as good as that one, and goes out unparsed.
+PLAIN = re.compile(rb'(.*"content": ?")[^"\\\x00-\x1f\x80-\xff]*(".*)')
 
 
 @dataclass(slots=True)
@@ -128,15 +127,11 @@ class Relay:
     finished: bool = False  # a `finish_reason` came: the end may follow without [DONE]
     done: bool = False
     failure: Failure | None = None
-    around: tuple[bytes, ...] | None = None  # of the last good event, what stood around its text
+    around: tuple[bytes, ...] | None = None  # what stood around the text in the last good payload
 
     def feed(self, piece: bytes) -> bytes:
         """What goes out now that this piece has come: each event as b"data: PAYLOAD↵↵"."""
-        found, out = LONE.fullmatch(piece), []
-        around = found.groups() if found and len(piece) <= self.parser.limit else None
-        if around and around == self.around:
-            self.heard, self.events = self.heard + 1, self.events + 1
-            return piece
+        out = []
         try:
             for name, data in self.parser.feed(piece):
                 self.heard += 1
@@ -147,7 +142,6 @@ class Relay:
             self.failure = Failure("event_too_large")
         except Failure as failure:
             self.failure = failure
-        self.around = around if out == [piece] else None
         return b"".join(out)
 
     def check(self, name: bytes, data: bytes) -> bytes:
@@ -157,6 +151,10 @@ class Relay:
                 raise Failure("empty_stream")
             self.done = True
             return DONE
+        found = PLAIN.fullmatch(data)
+        if found and found.groups() == self.around and not name:
+            self.events += 1
+            return b"data: %b\n\n" % data
         chunk = {"error": "…"} if name == b"error" else parse_object(data)
         if chunk.get("error") or chunk.get("object") == "error":
             raise reported(data, "upstream_error", cause="an error in the stream")
@@ -170,6 +168,7 @@ class Relay:
                     choice["delta"] = choice.pop("message")
                     chunk["object"] = "chat.completion.chunk"
                     data, self.finished = encode_json(chunk).encode(), True
+        self.around = found.groups() if found else None
         self.events += 1
         return b"data: %b\n\n" % data.replace(b"\n", b" ")  # in JSON a bare LF is only space
 
@@ -271,7 +270,7 @@ async def chat(server: Chatstream, stream: Stream) -> web.StreamResponse:
     body = check_chat(await read_body(stream, settings.max_body_bytes), settings.model)
     stream.active = True
     async with ask(server, stream, "chat/completions", body) as answer:  # aborted in the end
-        del body  # a long conversation need not stay in memory while its answer streams
+        del body  # nor does `ask` keep it
         last = await pass_on(stream, answer)
     return await stream.end(last)
 
@@ -583,6 +582,7 @@ async def ask(
         elif type(error) is aiohttp.ClientResponseError:  # what came is no HTTP
             code = "upstream_invalid"
         raise Failure(code, cause=f"{type(error).__name__}: {error}") from None
+    del body  # a long conversation need not stay in memory while its answer streams
     try:
         if not 200 <= answer.status < 300:
             raise await refusal(answer)

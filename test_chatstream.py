@@ -517,7 +517,7 @@ class Framing(unittest.TestCase):
         self.assertEqual(self.feed(body, range(1, 100_000)), (body, ""))
 
     def test_lone_events(self) -> None:
-        """One event that differs from the last in its plain text alone is as good as that one, and
+        """A payload that differs from the last in its plain text alone is as good as that one, and
         counts; what only looks so is seen through."""
         for *earlier, piece, expected in LONE:
             with self.subTest(piece, earlier=earlier):
