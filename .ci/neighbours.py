@@ -38,7 +38,6 @@ from test_chatstream import (
     Call,
     Case,
     Upstream,
-    clean_environment,
     delta,
     program,
     says,
@@ -163,7 +162,7 @@ def readme_block(language: str) -> str:
 @asynccontextmanager
 async def neighbour(*words: str) -> AsyncIterator[asyncio.subprocess.Process]:
     """A program, from now to the end of the block; what it said is shown if the block fails."""
-    pipe, environment = subprocess.PIPE, clean_environment()
+    pipe, environment = subprocess.PIPE, dict(os.environ)
     with tempfile.TemporaryFile() as log:
         process = await asyncio.create_subprocess_exec(
             *words, stdin=pipe, stdout=pipe, stderr=log, env=environment
@@ -182,7 +181,7 @@ async def neighbour(*words: str) -> AsyncIterator[asyncio.subprocess.Process]:
 
 async def output(*words: str, given: str = "") -> str:
     """What a program prints; it must end well."""
-    pipe, environment = subprocess.PIPE, clean_environment(PYTHONDEVMODE="")
+    pipe, environment = subprocess.PIPE, os.environ | {"PYTHONDEVMODE": ""}
     process = await asyncio.create_subprocess_exec(
         *words, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, env=environment
     )
