@@ -12,9 +12,8 @@ The way of one token, from the upstream (any OpenAI-compatible model server) to 
         ^               lines, any split        what may go out              │
         └───────── abort: the client left, the time is up, we shut down ─────┘
 
-Read it from the top. Bytes become events, events become what may go out, and `chat` is a whole
-stream's life in four sentences; `respond` tells how it ended. Whoever stops there has understood
-streaming: the rest is what a server adds around it.
+Read it from the top: bytes become events, events become what may go out, `chat` is a whole
+stream's life in four sentences, `handle` tells how it ended. The rest is what a server adds.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ import argparse
 import asyncio
 import base64
 import errno
+import gc
 import hashlib
 import hmac
 import io
@@ -37,8 +37,8 @@ import ssl
 import sys
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from contextlib import AsyncExitStack, closing, suppress
 from dataclasses import Field, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -75,13 +75,13 @@ class EventParser:
                 if data.strip():
                     yield name, data
                 continue
-            name, _, value = line.removeprefix(BOM).partition(b":")  # b'data: {"choices":[…]}'
+            key, _, value = line.removeprefix(BOM).partition(b":")  # b'data: {"choices":[…]}'
             value = value.removeprefix(b" ")
-            if name == b"data":
+            if key == b"data":
                 self.data += value + b"\n"
-            elif name == b"event":
+            elif key == b"event":
                 self.name = value
-            elif name not in (b"", b"id", b"retry"):  # b"": a comment
+            elif key not in (b"", b"id", b"retry"):  # b"": a comment
                 self.stray = True
             if len(self.data) > self.limit + 1:  # with its last LF
                 raise OverflowError
@@ -90,11 +90,13 @@ class EventParser:
 
     def lines(self, piece: bytes) -> list[bytes]:
         """The lines that this piece completes; keeps the rest for the next one."""
-        if self.after_cr and piece:
-            piece, self.after_cr = piece.removeprefix(b"\n"), False
-        self.after_cr = self.after_cr or piece.endswith(b"\r")
+        if not piece:
+            return []
+        if self.after_cr:
+            piece = piece.removeprefix(b"\n")
+        self.after_cr = piece.endswith(b"\r")
         # On bytes this ends a line at LF, CRLF or CR, as the standard does; on str at U+2028, too.
-        *lines, rest = (piece + b"|").splitlines()  # the mark: so the last one never has its end
+        *lines, rest = (piece + b"|").splitlines()  # with the mark, the last has no end ever
         if lines and self.partial:
             lines[0] = bytes(self.partial) + lines[0]
             self.partial.clear()
@@ -110,9 +112,9 @@ class EventParser:
 DONE = b"data: [DONE]\n\n"
 HEARTBEAT = b": keep-alive\n\n"
 
-# A chunk with plain text as its content. To parse JSON is the dearest thing that a relay does: a
-# payload that differs from the last good one in such text alone, where no quote, no backslash and
-# no half a character can hide, is as good as that one, and goes out unparsed.
+# A chunk whose content is plain text: without quote, backslash, control or non-ASCII byte, nothing
+# in it can end the string or be bad. If all around it is, byte for byte, as in the last good
+# payload, this one is good JSON with the same keys. So it need not be parsed, which costs most.
 PLAIN = re.compile(rb'(.*"content": ?")[^"\\\x00-\x1f\x80-\xff]*(".*)')
 
 
@@ -130,7 +132,9 @@ class Relay:
     around: tuple[bytes, ...] | None = None  # what stood around the text in the last good payload
 
     def feed(self, piece: bytes) -> bytes:
-        """What goes out now that this piece has come: each event as b"data: PAYLOAD↵↵"."""
+        """What this piece lets out, each event as b"data: PAYLOAD↵↵". b"" is the end of bytes."""
+        if not piece:
+            return self.close()
         out = []
         try:
             for name, data in self.parser.feed(piece):
@@ -138,14 +142,16 @@ class Relay:
                 out.append(self.check(name, data))
                 if self.done:
                     break
-        except OverflowError:
-            self.failure = Failure("event_too_large")
         except Failure as failure:
             self.failure = failure
+        except OverflowError:
+            self.failure = Failure("event_too_large")
+        except (ValueError, RecursionError):
+            self.failure = Failure("upstream_invalid", cause="no JSON object")
         return b"".join(out)
 
     def check(self, name: bytes, data: bytes) -> bytes:
-        """One event as it goes out, b"" for one that is dropped. Raises Failure."""
+        """One event as it goes out, or b"". Raises Failure, ValueError, RecursionError."""
         if data.strip() == b"[DONE]":  # the whole payload, never a token that contains it
             if not self.events:
                 raise Failure("empty_stream")
@@ -155,7 +161,7 @@ class Relay:
         if found and found.groups() == self.around and not name:
             self.events += 1
             return b"data: %b\n\n" % data
-        chunk = {"error": "…"} if name == b"error" else parse_object(data)
+        chunk: dict[str, Any] = {"error": True} if name == b"error" else parse_object(data)
         if chunk.get("error") or chunk.get("object") == "error":
             raise reported(data, "upstream_error", cause="an error in the stream")
         choices = chunk.get("choices")
@@ -167,7 +173,7 @@ class Relay:
                 if "message" in choice and "delta" not in choice:  # a whole completion
                     choice["delta"] = choice.pop("message")
                     chunk["object"] = "chat.completion.chunk"
-                    data, self.finished = encode_json(chunk).encode(), True
+                    data, self.finished, found = encode_json(chunk).encode(), True, None
         self.around = found.groups() if found else None
         self.events += 1
         return b"data: %b\n\n" % data.replace(b"\n", b" ")  # in JSON a bare LF is only space
@@ -198,6 +204,8 @@ STREAM_HEADERS = COMMON_HEADERS | {
     "Cache-Control": "no-cache, no-transform",
     "X-Accel-Buffering": "no",  # else nginx holds the whole answer back
 }
+# The same, with names as aiohttp keeps them: else it makes its own for each stream, of 1 KB.
+KEPT_HEADERS = list(web.StreamResponse(headers=STREAM_HEADERS).headers.items())
 
 
 @dataclass(eq=False, slots=True)
@@ -216,14 +224,13 @@ class Stream:
     response: web.StreamResponse | None = None  # ours, once its status is 200
     written: int = 0  # bytes
     first_event: float = 0.0  # seconds until it came; 0: not yet
-    ending: bool = False  # its last bytes are on their way
-    ended: bool = False  # the client has taken them
+    ended: bool = False  # the client has taken the last bytes
     failure: Failure | None = None  # why there is no whole answer
 
     async def open(self) -> web.StreamResponse:
         """The point of no return: from here on the status is 200."""
         if self.response is None:
-            self.response = web.StreamResponse(headers=STREAM_HEADERS | {"X-Request-Id": self.id})
+            self.response = web.StreamResponse(headers=[*KEPT_HEADERS, ("X-Request-Id", self.id)])
             if self.request.version < (1, 1):
                 self.response.force_close()  # without chunks only that ends a body
             await self.response.prepare(self.request)
@@ -235,13 +242,12 @@ class Stream:
         self.written += len(data)
         if len(data) < 2**15 and not self.transport.get_write_buffer_size():
             await response.write(data)  # so little never waits
-        else:  # aiohttp cannot take up again a wait that was cancelled, and `end` must: a shield
+        else:  # if we are cancelled while it waits, aiohttp must go on, since `end` writes after it
             await asyncio.shield(response.write(data))
 
     async def end(self, last: bytes) -> web.StreamResponse:
-        """The last bytes. Returns when the client has taken them all, so that the limits, the
-        gauge and the drain know of the stream until then."""
-        self.ending = True  # no heartbeat may follow
+        """The last bytes. Returns when they have all been taken (by the kernel, for the client),
+        so that the limits, the gauge and the drain know of the stream until then."""
         self.written += len(last)
         response = await self.open()
         self.transport.set_write_buffer_limits(0)  # write_eof() waits until it holds no more
@@ -252,25 +258,26 @@ class Stream:
 
     def stop(self, failure: Failure) -> None:
         """Ends `chat` from outside, as a closed tab does, but with something to tell."""
-        if not self.failure and not self.ending:
+        if not self.failure and not self.relay.done:
             self.failure = failure
             self.task.cancel()
 
 
 async def chat(server: Chatstream, stream: Stream) -> web.StreamResponse:
     """Check the request; ask the upstream; relay what it says; let it go, come what may. Raises
-    Failure, and CancelledError: when the client has left (see `listen`), or by `Stream.stop`."""
+    Failure; at any `await` CancelledError: aiohttp cancels its handler when it loses the client,
+    and `Stream.stop` does so, too. Either way, `closing` aborts the upstream's answer."""
     settings = server.settings
     if len(server.streams) >= server.max_streams:
         raise Failure("too_many_streams")
     server.streams.add(stream)  # before its body, which takes memory; `settle` takes it out
     stream.clock = clock(stream, settings)
-    # A large buffer in the kernel would hide for long that a slow client takes what it can.
+    # With a larger buffer in the kernel, a client that reads slowly would look dead.
     stream.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**16)
     body = check_chat(await read_body(stream, settings.max_body_bytes), settings.model)
     stream.active = True
-    async with ask(server, stream, "chat/completions", body) as answer:  # aborted in the end
-        del body  # nor does `ask` keep it
+    with closing(await ask(server, stream, "chat/completions", body)) as answer:
+        del body  # a long conversation need not stay in memory while its answer streams
         last = await pass_on(stream, answer)
     return await stream.end(last)
 
@@ -283,8 +290,7 @@ async def pass_on(stream: Stream, answer: aiohttp.ClientResponse) -> bytes:
         read = partial(read_as_event, answer.content, relay.parser.limit)
     while not relay.failure:
         try:
-            piece = await read()
-            out = relay.feed(piece) if piece else relay.close()
+            out = relay.feed(await read())
         except BROKEN:
             out = relay.close(cut=True)
         if out and not stream.first_event:
@@ -293,37 +299,41 @@ async def pass_on(stream: Stream, answer: aiohttp.ClientResponse) -> bytes:
             return out
         if out:
             await stream.write(out)
+        del out  # a stream that waits for the next token holds nothing
     raise relay.failure
 
 
 def clock(stream: Stream, settings: Settings) -> Iterator[bool]:
-    """Looked at now and then: a deadline set anew at every read and write would cost more. Ends a
-    stream whose upstream or client is silent for too long; gives True when a heartbeat is due."""
-    heard = told = taken = 0
-    heard_at = told_at = taken_at = stream.started
+    """A stream's three silences. `Chatstream.watch` looks at it now and then: deadlines set anew
+    at every read and write would cost more. Gives True when a heartbeat is due."""
+    taken = heard = told = 0
+    taken_at = heard_at = told_at = stream.started
     while True:
         now, unsent = time.monotonic(), stream.transport.get_write_buffer_size()
-        is_refusal = stream.answer and not stream.answer.ok  # its status is ours to tell
-        is_excused = unsent or is_refusal or not stream.active  # the client's turn, or ours
+        # 1. How long has the client taken nothing, though something waits for it?
         if stream.active and (stream.written - unsent > taken or not unsent):
             taken, taken_at = stream.written - unsent, now
+        if now - taken_at >= settings.write_seconds and stream.active:
+            stream.transport.abort()  # aiohttp now cancels the handler, as for a closed tab
+        elif now - taken_at >= settings.write_seconds:
+            stream.stop(Failure("request_timeout"))
+        # 2. How long has the upstream said nothing, though it is its turn?
+        is_refusal = stream.answer and not stream.answer.ok  # a heartbeat would make its 429 a 200
+        is_excused = unsent or is_refusal or not stream.active
         if stream.relay.heard > heard or is_excused:
             heard, heard_at = stream.relay.heard, now
-        if stream.relay.events > told or is_excused or stream.ending:
-            told, told_at = stream.relay.events, now
-        if now - taken_at >= settings.write_seconds and not stream.active:
-            stream.stop(Failure("request_timeout"))
-        elif now - taken_at >= settings.write_seconds:
-            stream.transport.abort()  # aiohttp now cancels the handler, as for a closed tab
-        elif now - heard_at >= settings.idle_seconds:
+        if now - heard_at >= settings.idle_seconds:
             stream.stop(Failure("upstream_timeout", cause="no event in CHATSTREAM_IDLE_SECONDS"))
-        is_due = now - told_at >= settings.heartbeat_seconds and not stream.failure
+        # 3. How long has the client been told nothing, though there is more to come?
+        if stream.relay.events > told or is_excused or stream.relay.done or stream.failure:
+            told, told_at = stream.relay.events, now
+        is_due = now - told_at >= settings.heartbeat_seconds
         told_at = now if is_due else told_at
         yield is_due
 
 
 async def handle(server: Chatstream, request: web.BaseRequest) -> web.StreamResponse:
-    """One request: `respond` answers it, `settle` counts and logs it."""
+    """One request, from its head to its line in the log."""
     request_id = request.headers.get("X-Request-Id", "")
     if not re.fullmatch(r"[\w.-]{1,128}", request_id, re.ASCII):
         request_id = os.urandom(12).hex()
@@ -331,43 +341,42 @@ async def handle(server: Chatstream, request: web.BaseRequest) -> web.StreamResp
     stream = Stream(request, request.transport, relay, request_id)
     server.requests.add(stream)
     try:
-        response = await respond(server, stream)
+        response = await route(server, request)(server, stream)
+    except asyncio.CancelledError:
+        if not stream.failure:  # the client has left: there is nobody to tell
+            raise
+        response = await tell(server, stream, stream.failure)
+    except ConnectionError:  # the same, seen while writing
+        response = stream.response or web.Response()
+    except Failure as failure:
+        response = await tell(server, stream, failure)
+    except Exception as error:
+        logging.getLogger("chatstream").exception("a bug in chatstream")
+        response = await tell(server, stream, Failure("internal_error", cause=repr(error)))
     finally:
         server.settle(stream)
     if not response.prepared:
         response.headers.update(COMMON_HEADERS | {"X-Request-Id": stream.id})
-        response.headers.setdefault("Cache-Control", "no-store")
         if server.draining or request.version < (1, 1):
             response.force_close()
     return response
 
 
-async def respond(server: Chatstream, stream: Stream) -> web.StreamResponse:
+async def tell(server: Chatstream, stream: Stream, failure: Failure) -> web.StreamResponse:
     """The one place where a failure becomes an answer: by a status while there is one to
     choose, else by a last event, after which there is no [DONE]."""
-    try:
-        return await route(server, stream.request)(server, stream)
-    except asyncio.CancelledError:
-        if not stream.failure:  # the client has left: there is nobody to tell
-            raise
-    except ConnectionError:  # the same, seen while writing
-        return stream.response or web.Response()
-    except Failure as failure:
-        stream.failure = failure
-    except Exception as error:
-        logging.getLogger("chatstream").exception("a bug in chatstream")
-        stream.failure = Failure("internal_error", cause=repr(error))
-    body = stream.failure.body(stream.id, server.secrets)
+    stream.failure = failure
+    body = failure.body(stream.id, server.secrets)
     if not stream.response:
-        headers = {"Content-Type": "application/json"} | stream.failure.headers
-        return web.Response(status=stream.failure.status, body=body, headers=headers)
+        headers = {"Content-Type": "application/json"} | failure.headers
+        return web.Response(status=failure.status, body=body, headers=headers)
     with suppress(ConnectionError):
         await stream.end(b"data: %b\n\n" % body)
     return stream.response
 
 
 # ---- Errors ------------------------------------------------------------------------------
-# Raise early, convert once: all that goes wrong is a Failure, and `respond` alone tells it.
+# Raise early, convert once: all that goes wrong is a Failure, and `tell` alone tells it.
 
 ERRORS = {  # code: (status, outcome in the metrics, message)
     "invalid_json": (400, "rejected", "The body is no JSON (RFC 8259, integers to 4,300 digits)."),
@@ -407,7 +416,7 @@ class Failure(Exception):
     def __init__(self, code: str, message: str = "", /, cause: str = "", **departs: Any) -> None:
         super().__init__(f"{code} {cause}".strip())
         self.status, self.outcome, told = ERRORS[code]
-        self.code, self.message = code, message or told
+        self.code, self.message, self.cause = code, message or told, cause
         self.param: str | None = None
         self.headers = {"Retry-After": "1"} if self.status == 503 else {}
         vars(self).update(departs)
@@ -453,11 +462,11 @@ encode_json = json.JSONEncoder(allow_nan=False).encode
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
-    """What an upstream says. Raises Failure."""
-    with suppress(ValueError, RecursionError):
-        if isinstance(value := decode_json(data.decode()), dict):
-            return value
-    raise Failure("upstream_invalid", cause="no JSON object")
+    """What an upstream says. Raises ValueError, RecursionError."""
+    value = decode_json(data.decode())
+    if not isinstance(value, dict):
+        raise ValueError
+    return value
 
 
 def check_chat(data: bytes, allowed: tuple[str, ...]) -> bytes:
@@ -554,7 +563,7 @@ def open_session(settings: Settings) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
         url.rstrip("/") + "/",
         proxy=environment_proxy(url),
-        headers=headers,
+        headers=web.StreamResponse(headers=headers).headers.items(),  # as in KEPT_HEADERS
         # Else the 101st stream waits; and many servers close after 5 s, when a POST may be lost.
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=4),
         timeout=aiohttp.ClientTimeout(total=None, connect=settings.connect_seconds),
@@ -563,11 +572,8 @@ def open_session(settings: Settings) -> aiohttp.ClientSession:
     )
 
 
-@asynccontextmanager
-async def ask(
-    server: Chatstream, stream: Stream, path: str, body: bytes = b""
-) -> AsyncIterator[Any]:
-    """The answer, if it is a good one; in the end it is let go, come what may. Raises Failure."""
+async def ask(server: Chatstream, stream: Stream, path: str, body: bytes = b"") -> Any:
+    """The answer, if it is a good one; close it, come what may. Raises Failure."""
     method, headers = "POST" if body else "GET", {"X-Request-Id": stream.id}
     try:  # no redirects: the key would travel along
         answer = stream.answer = await server.session.request(
@@ -582,20 +588,15 @@ async def ask(
         elif type(error) is aiohttp.ClientResponseError:  # what came is no HTTP
             code = "upstream_invalid"
         raise Failure(code, cause=f"{type(error).__name__}: {error}") from None
-    del body  # a long conversation need not stay in memory while its answer streams
-    try:
-        if not 200 <= answer.status < 300:
-            raise await refusal(answer)
-        if answer.content_type == "text/html":
-            raise Failure("upstream_error", cause="an HTML page")
-        yield answer
-    finally:
-        answer.close()
+    if 200 <= answer.status < 300 and answer.content_type != "text/html":
+        return answer
+    with closing(answer):
+        raise await refusal(answer)
 
 
 async def refusal(answer: aiohttp.ClientResponse) -> Failure:
     """What a bad status means: the client's fault is told as it came, ours is a 502."""
-    status, cause, body = answer.status, f"HTTP {answer.status}", b""
+    status, cause, body = answer.status, f"HTTP {answer.status} {answer.content_type}", b""
     if status in (401, 403):
         return Failure("upstream_auth", cause=f"{cause}: is OPENAI_API_KEY right?")
     if not 400 <= status < 500:
@@ -713,8 +714,7 @@ class Settings:
 
 def variable(name: str) -> str:
     """A field's environment variable: `port` -> CHATSTREAM_PORT, `model` -> OPENAI_MODEL."""
-    of_openai = name in ("api_key", "base_url", "model")
-    return f"{'OPENAI' if of_openai else 'CHATSTREAM'}_{name.upper()}"
+    return ("OPENAI_" if name in ("api_key", "base_url", "model") else "CHATSTREAM_") + name.upper()
 
 
 def read_settings(environ: Mapping[str, str], arguments: list[str]) -> Settings:
@@ -885,7 +885,7 @@ class Chatstream:
                 self.first_chunk.observe(first)
             if outcome != "rejected":
                 self.duration.observe(total)
-        if is_chat or " " in str(failure):  # there is more to tell than the code
+        if is_chat or (failure and failure.cause):
             status = 200 if stream.response else failure.status if failure else "-"
             cause = f" cause={str(failure)!r}" if failure else ""
             times = f"first={f'{first:.3f}s' if first else '-'} total={total:.3f}s"
@@ -899,13 +899,15 @@ class Chatstream:
         for stream in self.streams:
             if not stream.active:  # its body is still to come
                 stream.stop(Failure("server_draining"))
-        for seconds, is_last in ((self.settings.drain_seconds, False), (1.0, True)):
-            if self.requests:  # 2. running ones go on; 3. those left are told; 4. or dropped
-                await asyncio.wait([each.task for each in self.requests], timeout=seconds)
-            for stream in self.requests:
-                stream.stop(Failure("server_draining", outcome="drained"))
-                if is_last:
-                    stream.transport.abort()
+        if self.requests:  # 2. running ones go on
+            left = [stream.task for stream in self.requests]
+            await asyncio.wait(left, timeout=self.settings.drain_seconds)
+        for stream in self.requests:  # 3. those left are told
+            stream.stop(Failure("server_draining", outcome="drained"))
+        if self.requests:
+            await asyncio.wait([stream.task for stream in self.requests], timeout=1)
+        for stream in self.requests:  # 4. or dropped
+            stream.transport.abort()
         await self.runner.cleanup()
         await self.session.close()
         self.watcher.cancel()
@@ -920,14 +922,14 @@ class Chatstream:
         settings = self.settings
         names = [name for name in settings.model if name != "*"]
         if "*" in settings.model:
-            seconds, limit = settings.connect_seconds, settings.max_event_bytes
             try:
-                async with asyncio.timeout(seconds), ask(self, stream, "models") as answer:
-                    listed = parse_object(await read_whole(answer.content, limit))
+                async with asyncio.timeout(settings.connect_seconds):
+                    with closing(await ask(self, stream, "models")) as answer:
+                        listed = parse_object(await read_whole(answer.content, 2**22))
                 names += [each["id"] for each in listed["data"] if each["id"] not in names]
             except TimeoutError:
                 raise Failure("upstream_timeout") from None
-            except (KeyError, TypeError, *BROKEN):
+            except (KeyError, TypeError, ValueError, RecursionError, *BROKEN):
                 raise Failure("upstream_invalid", "The model server lists no models.") from None
         data = [{"id": name, "object": "model"} for name in names]
         return web.json_response({"object": "list", "data": data})
@@ -972,8 +974,7 @@ ROUTES: dict[str, tuple[str, Handler]] = {
 
 
 # ---- The demo ----------------------------------------------------------------------------
-# A small OpenAI-compatible upstream of our own, for a start with no key: the same code path,
-# no network. Its models show what goes wrong in real life.
+# An upstream of our own, for a start with no key. Its models show what goes wrong in real life.
 
 DEMO_MODELS = ("demo", "demo-slow-start", "demo-cut-off", "demo-error", "demo-rate-limit")
 DEMO_ANSWER = """\
@@ -983,12 +984,11 @@ goes wrong in real life. To leave it, set `OPENAI_API_KEY`, or the address of an
 ```sh
 OPENAI_BASE_URL=http://localhost:11434/v1 OPENAI_MODEL=llama3.2 python chatstream.py
 ```
-You asked:
 > {question}
 """
 
 
-async def demo_upstream(silence: float, request: web.BaseRequest) -> web.StreamResponse:
+async def demo_upstream(settings: Settings, request: web.BaseRequest) -> web.StreamResponse:
     """Answers at the pace of a model, and fails as models do."""
     chat = parse_object(await request.content.read())
     model, asked = chat["model"], str(chat["messages"][-1].get("content"))[:2000]
@@ -997,7 +997,7 @@ async def demo_upstream(silence: float, request: web.BaseRequest) -> web.StreamR
         return web.json_response({"error": error}, status=429, headers={"Retry-After": "5"})
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
     await response.prepare(request)
-    await asyncio.sleep(silence if model == "demo-slow-start" else 0)
+    await asyncio.sleep(1.5 * settings.heartbeat_seconds if model == "demo-slow-start" else 0)
     words = re.findall(r"\s*\S+\s*", DEMO_ANSWER.replace("{question}", asked.replace("\n", "\n> ")))
     deltas = [{"role": "assistant", "content": ""}, *({"content": word} for word in words), {}]
     if model in ("demo-cut-off", "demo-error"):
@@ -1068,8 +1068,7 @@ async def serve(settings: Settings) -> None:
     upstream = settings.base_url or OPENAI_URL
     async with AsyncExitStack() as in_the_end:
         if not (settings.api_key or settings.base_url):
-            handler = partial(demo_upstream, 1.5 * settings.heartbeat_seconds)
-            demo = await listen(handler, "127.0.0.1", 0)
+            demo = await listen(partial(demo_upstream, settings), "127.0.0.1", 0)
             in_the_end.push_async_callback(demo.cleanup)
             url = f"http://127.0.0.1:{demo.addresses[0][1]}/v1"
             settings = replace(settings, base_url=url, model=DEMO_MODELS)
@@ -1079,6 +1078,7 @@ async def serve(settings: Settings) -> None:
         in_the_end.push_async_callback(server.drain)
         sys.stdout.write(f"chatstream listens on {address}\n  upstream: {upstream}\n")
         sys.stdout.write(f"  models:   {', '.join(settings.model)}\n  to stop:  Ctrl+C\n")
+        gc.freeze()  # what is here stays: to look through it at each collection delays tokens
         await stopping.wait()
         sys.stdout.write(f"draining for up to {settings.drain_seconds:g} s; Ctrl+C ends it\n")
 
