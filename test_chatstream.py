@@ -277,6 +277,18 @@ class Case(unittest.IsolatedAsyncioTestCase):
                 data += more
         return data
 
+    async def slow(self, url: str, segment: int = 536) -> asyncio.StreamReader:
+        """A client that has asked and reads nothing; segments and buffers are small, so that
+        some 40 KB fill all that lies between."""
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, segment)
+        sock.connect(("127.0.0.1", urlsplit(url).port))
+        reader, writer = await asyncio.open_connection(sock=sock, limit=1024)
+        self.addCleanup(writer.close)
+        writer.write(request())
+        return reader
+
     async def metrics(self, url: str) -> dict[str, float]:
         lines = (await self.get(url + "/metrics")).body.decode().splitlines()
         samples = (line.rpartition(" ") for line in lines if not line.startswith("#"))
@@ -418,7 +430,7 @@ GOOD_STREAMS = {  # name: what the upstream sends, and what goes out if it is no
     "[DONE] without its newline": [GOOD[:-2]],
     "the last chunk without its newline": [GOOD.removesuffix(b"\n\n" + DONE)],
     "text after [DONE]": [GOOD + framed(SAID)],
-    "a whole completion as an event": [framed(COMPLETION) + DONE, framed(AS_CHUNK) + DONE],
+    "a whole completion as an event": [framed(COMPLETION) * 2 + DONE, framed(AS_CHUNK) * 2 + DONE],
 } | {name: [framed(payload) + DONE] * 2 for name, payload in {
     "an empty finish_reason, but [DONE]": b'{"choices":[{"delta":{},"finish_reason":""}]}',
     "Azure's filter": b'{"choices":[],"prompt_filter_results":[{"x":1}]}',
@@ -444,6 +456,7 @@ BAD_STREAMS: dict[str, dict[str, bytes]] = {  # code and message: by name, what 
         "no event stream": b"Hello, world\n", "a stray line of JSON": b'{"choices":3}',
         "no JSON": framed(b"nonsense"), "a list": framed(b"[1]"), "two objects": framed(b"{}{}"),
         "NaN": framed(b'{"choices":[NaN]}'), "bad UTF-8": framed(b'{"choices":["\xff"]}'),
+        "a number too large for JSON": framed(COMPLETION.replace(b'"Hi"', b"1e999")),
         "an integer of 5,000 digits": framed(b'{"choices":[],"n":%b}' % (b"1" * 5000)),
         "deep nesting": framed(b"[" * 100_000),
         "a newline inside a JSON string": b'data: {"choices":[{"x":"a\ndata: b"}]}\n\n',
@@ -832,18 +845,6 @@ class Time(Case):
         reply = sends(*events, TAIL, pause=0.05)
         answer = await self.ask_through(reply, idle_seconds=0.3, write_seconds=0.3)
         self.assertEqual(answer.payloads[-1], b"[DONE]")
-
-    async def slow(self, url: str, segment: int = 536) -> asyncio.StreamReader:
-        """A client that has asked and reads nothing; segments and buffers are small, so that
-        some 40 KB fill all that lies between."""
-        sock = socket.socket()
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, segment)
-        sock.connect(("127.0.0.1", urlsplit(url).port))
-        reader, writer = await asyncio.open_connection(sock=sock, limit=1024)
-        self.addCleanup(writer.close)
-        writer.write(request())
-        return reader
 
     async def test_slow_client(self) -> None:
         """Who reads slowly, but steadily, is never cut: no large buffer hides what it takes."""
@@ -1346,20 +1347,26 @@ class Drain(Case):
             self.assertFalse(fcntl.fcntl(each, fcntl.F_GETFL) & os.O_NONBLOCK)
 
     async def test_deadline(self) -> None:
-        """Those left at the deadline are told, in-band or by 503; a stalled reader stops nobody."""
+        """Those left at the deadline are told, in-band or by 503; a stalled reader stops nobody;
+        who has the tail of a whole answer to take is not told that there is none."""
+        whole = OPEN + framed(b'{"choices":["%b"]}' % (b"x" * 80_000)) + TAIL
         replies = {"a": silent, "b": stalls, "c": sends(*[framed(SAID) * 500] * 10_000)}
-        env = {"OPENAI_MODEL": "a,b,c", "CHATSTREAM_DRAIN_SECONDS": "0.4"}
+        replies["d"] = lambda call: call.raw(whole)
+        env = {"OPENAI_MODEL": "d,a,b,c", "CHATSTREAM_DRAIN_SECONDS": "0.4"}
         async with upstream(lambda call: replies[call.body["model"]](call)) as up:
             async with program(OPENAI_BASE_URL=up.url, **env) as run:
+                tail = await self.slow(run.url, segment=8192)
                 async with self.post(run.url, "c"), self.post(run.url, "c") as slow:
                     asks = (self.ask(run.url, HELLO | {"model": model}) for model in "ab")
                     told = asyncio.gather(*asks)
-                    await self.eventually(lambda: len(up.calls) == 4)
+                    await self.eventually(lambda: len(up.calls) == 5)
                     end = asyncio.ensure_future(run.end(signal.SIGTERM))
                     ends = [(each.status, each.error["code"]) for each in await told]
+                    taken = await self.read_until(tail, b"[DONE]\n\n\r\n0\r\n\r\n")
                     self.assertIn(b'"code": "server_draining"', (await slow.read())[-300:])
                     self.assertEqual(await end, 0)
         self.assertEqual(ends, [(503, "server_draining"), (200, "server_draining")])
+        self.assertEqual((taken[-9:], await tail.read()), (b"\n\n\r\n0\r\n\r\n", b""))
         self.assertEqual(run.err.count("outcome=drained"), 4)
 
     async def test_the_first_verdict_stays(self) -> None:
