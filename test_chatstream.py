@@ -1593,6 +1593,8 @@ MARKDOWN = {
     r"\(a_1*b_2*c\) $x_1*y*z_2$ $5 and $6 \[": r"<p>\(a_1*b_2*c\) $x_1*y*z_2$ $5 and $6 [</p>",
     "\\[\na *b* c\n\\]": r"<p>\[<br>a *b* c<br>\]</p>",
     "- [ ] a\n- [x] b\n- [y] c": "<ul><li>☐ a</li><li>☑ b</li><li>[y] c</li></ul>",
+    "|a|\n|-|\n" + "|b|\n" * 101: "".join("<div><table><thead><tr><th>a</th></tr></thead><tbody>"
+        f"{'<tr><td>b</td></tr>' * count}</tbody></table></div>" for count in (100, 1)),
     "~~~\nopen": CODE % ("", "open"),
 }
 # What must take no time, though it invites trouble: each is repeated to 50,000 characters.
@@ -1959,12 +1961,14 @@ class Conversation(PageCase):
         self.assertEqual(self.up.calls[0].body["model"], "demo-cut-off")
 
     async def test_reasoning_and_tools(self) -> None:
-        """Reasoning is folded, once, and not sent back; a refusal shows, tools are named."""
+        """Reasoning is folded, once, and not sent back; a refusal shows, tools are named; content
+        may come as a list of parts."""
         page, call = await self.open(), {"name": "weather", "arguments": "{}"}
         thoughts = delta(reasoning_content="h", reasoning="h") + delta(reasoning="m")
         tools = [{"index": 0, "function": call}, {"function": {"name": "clock"}}]
         refusal = delta(refusal="I will not.") + delta("tool_calls") + DONE
-        await page.ask(reply=sends(thoughts + delta(content="So", tool_calls=tools) + refusal))
+        parts = [{"type": "text", "text": "S"}, {"type": "text", "text": "o"}]
+        await page.ask(reply=sends(thoughts + delta(content=parts, tool_calls=tools) + refusal))
         folded = "(({ textContent, open }) => [textContent, open])($.log.querySelector('details'))"
         self.assertEqual(await page.run(folded), ["Reasoninghm", False])
         for words in ("So\n", "weather, clock", "I will not.", "Answer complete"):
