@@ -979,7 +979,7 @@ ROUTES: dict[str, tuple[str, Handler]] = {
 DEMO_MODELS = ("demo", "demo-slow-start", "demo-cut-off", "demo-error", "demo-rate-limit")
 DEMO_ANSWER = """\
 # Hello from the demo
-This is **not a model**, but a small upstream inside `chatstream.py`; its other models show what
+This is **not a model**, but a small upstream inside `chatstream.py`; its other models show what \
 goes wrong in real life. To leave it, set `OPENAI_API_KEY`, or the address of any model server:
 ```sh
 OPENAI_BASE_URL=http://localhost:11434/v1 OPENAI_MODEL=llama3.2 python chatstream.py
