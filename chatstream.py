@@ -63,7 +63,7 @@ class EventParser:
     after_cr: bool = False  # the last piece ended in CR: a LF now would be its other half
     name: bytes = b""
     data: bytearray = field(default_factory=bytearray)  # each line with a LF
-    stray: bool = False  # there was a line that no event stream has
+    stray: bool = False  # there was a line that no event stream has: is this one at all?
 
     def feed(self, piece: bytes) -> Iterator[tuple[bytes, bytes]]:
         """The events that this piece completes: name (b"" unless an `event:` line gave one) and
@@ -128,7 +128,7 @@ class Relay:
     events: int = 0  # chunks given out
     finished: bool = False  # a `finish_reason` came: the end may follow without [DONE]
     done: bool = False
-    failure: Failure | None = None
+    failure: Failure | None = None  # an exception with a code of ERRORS
     around: tuple[bytes, ...] | None = None  # what stood around the text in the last good payload
 
     def feed(self, piece: bytes) -> bytes:
@@ -217,7 +217,7 @@ class Stream:
     relay: Relay
     id: str
     started: float = field(default_factory=time.monotonic)
-    task: Any = field(default_factory=asyncio.current_task)  # its handler's
+    task: Any = field(default_factory=asyncio.current_task)  # its handler's, which makes this
     clock: Iterator[bool] | None = None  # once it counts as a stream
     active: bool = False  # the request's body is here
     answer: aiohttp.ClientResponse | None = None  # the upstream's
@@ -298,7 +298,7 @@ async def pass_on(stream: Stream, answer: aiohttp.ClientResponse) -> bytes:
         if relay.done:
             return out
         if out:
-            await stream.write(out)
+            await stream.write(out)  # not in the `try`: its errors are the client's
         del out  # a stream that waits for the next token holds nothing
     raise relay.failure
 
