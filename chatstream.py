@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = ["aiohttp>=3.14.2,<4"]
 # ///
-"""chatstream: a streaming chat server in one file, to run, to read and to copy from.
+"""chatstream: a streaming chat server in one file beside its page, to run, read and copy from.
 
     pip install "aiohttp>=3.14.2,<4" && python chatstream.py   # then open http://localhost:8080
 
@@ -157,7 +157,7 @@ class Relay:
                 raise Failure("empty_stream")
             self.done = True
             return DONE
-        found = PLAIN.fullmatch(data)
+        found = None if b"\n" in data else PLAIN.fullmatch(data)
         if found and found.groups() == self.around and not name:
             self.events += 1
             return b"data: %b\n\n" % data
@@ -184,15 +184,15 @@ class Relay:
         out = b"" if cut else self.feed(b"\n\n")  # the last event may lack its blank line
         half = self.failure and self.failure.code == "upstream_invalid"  # a payload cut in two
         if self.done or (self.failure and not half):
-            return out
+            return out  # that last event has said it all
         if cut or half or (self.events and not self.finished):
             self.failure = Failure("stream_truncated")
-        elif self.events:
-            self.done = True
-            return out + DONE
+        elif self.events:  # whole, though nobody said [DONE]: we do
+            self.done, out = True, out + DONE
+        elif self.parser.stray or self.heard:  # something came, but never a chunk
+            self.failure = Failure("upstream_invalid")
         else:
-            junk = self.parser.stray or self.heard
-            self.failure = Failure("upstream_invalid" if junk else "empty_stream")
+            self.failure = Failure("empty_stream")
         return out
 
 
@@ -218,7 +218,7 @@ class Stream:
     id: str
     started: float = field(default_factory=time.monotonic)
     task: Any = field(default_factory=asyncio.current_task)  # its handler's, which makes this
-    clock: Iterator[bool] | None = None  # once it counts as a stream
+    clock: Iterator[bool] | None = None  # see `clock`; once it counts as a stream
     active: bool = False  # the request's body is here
     answer: aiohttp.ClientResponse | None = None  # the upstream's
     response: web.StreamResponse | None = None  # ours, once its status is 200
@@ -237,17 +237,17 @@ class Stream:
         return self.response
 
     async def write(self, data: bytes) -> None:
-        """Waits while the client is slow, and with us waits the upstream: back-pressure."""
+        """Waits while the client is slow; meanwhile `pass_on` reads no more: back-pressure."""
         response = self.response or await self.open()
         self.written += len(data)
         if len(data) < 2**15 and not self.transport.get_write_buffer_size():
-            await response.write(data)  # so little never waits
-        else:  # if we are cancelled while it waits, aiohttp must go on, since `end` writes after it
+            await response.write(data)  # below asyncio's mark of 64 KB: it never waits
+        else:  # if `stop` cancels us while it waits, that wait goes on, since `end` needs it, too
             await asyncio.shield(response.write(data))
 
     async def end(self, last: bytes) -> web.StreamResponse:
-        """The last bytes. Returns when they have all been taken (by the kernel, for the client),
-        so that the limits, the gauge and the drain know of the stream until then."""
+        """The last bytes. Returns when the kernel has taken them all (TLS may still hold some), so
+        that the limits, the gauge and the drain know of the stream until then."""
         self.written += len(last)
         response = await self.open()
         self.transport.set_write_buffer_limits(0)  # write_eof() waits until it holds no more
@@ -285,7 +285,7 @@ async def chat(server: Chatstream, stream: Stream) -> web.StreamResponse:
 async def pass_on(stream: Stream, answer: aiohttp.ClientResponse) -> bytes:
     """Relays each event the moment its last byte is in; returns the last bytes. Raises Failure.
     The status waits for the first event or heartbeat: what fails before gets an honest one."""
-    relay, read = stream.relay, answer.content.readany
+    relay, read = stream.relay, partial(answer.content.read, 2**16)  # a stalled client keeps it
     if answer.content_type == "application/json":  # an answer in one piece
         read = partial(read_as_event, answer.content, relay.parser.limit)
     while not relay.failure:
@@ -304,18 +304,18 @@ async def pass_on(stream: Stream, answer: aiohttp.ClientResponse) -> bytes:
 
 
 def clock(stream: Stream, settings: Settings) -> Iterator[bool]:
-    """A stream's three silences. `Chatstream.watch` looks at it now and then: deadlines set anew
-    at every read and write would cost more. Gives True when a heartbeat is due."""
+    """A stream's three silences. Each step is a look, by `Chatstream.watch`: deadlines set anew at
+    every read and write would cost more. Gives True when a heartbeat is due."""
     taken = heard = told = 0
     taken_at = heard_at = told_at = stream.started
     while True:
         now, unsent = time.monotonic(), stream.transport.get_write_buffer_size()
-        # 1. How long has the client taken nothing, though something waits for it?
+        # 1. How long has the client taken nothing of what waits for it, or owed us its body?
         if stream.active and (stream.written - unsent > taken or not unsent):
             taken, taken_at = stream.written - unsent, now
         if now - taken_at >= settings.write_seconds and stream.active:
             stream.transport.abort()  # aiohttp now cancels the handler, as for a closed tab
-        elif now - taken_at >= settings.write_seconds:
+        elif now - taken_at >= settings.write_seconds:  # since it started: for the whole body
             stream.stop(Failure("request_timeout"))
         # 2. How long has the upstream said nothing, though it is its turn?
         is_refusal = stream.answer and not stream.answer.ok  # a heartbeat would make its 429 a 200
@@ -473,23 +473,23 @@ def check_chat(data: bytes, allowed: tuple[str, ...]) -> bytes:
     """The body to send on for the body received: encoded anew from what was checked, so that
     a repeated key cannot slip a model past the check. Raises Failure."""
     try:
-        chat = decode_json(data.decode())
-        if not isinstance(chat, dict):
+        asked = decode_json(data.decode())
+        if not isinstance(asked, dict):
             raise Failure("invalid_request")
-        if chat.get("stream") not in (None, True):
+        if asked.get("stream") not in (None, True):
             raise Failure("stream_required")
-        messages = chat.get("messages")
+        messages = asked.get("messages")
         if not isinstance(messages, list) or not messages:
             raise Failure("invalid_messages")
         for index, message in enumerate(messages):
             if not is_message(message):
                 raise Failure("invalid_messages", f"messages[{index}]: bad role or content.")
-        model = allowed[0] if chat.get("model") is None else chat["model"]
+        model = allowed[0] if asked.get("model") is None else asked["model"]
         if not isinstance(model, str) or model == "*":
             raise Failure("invalid_request", "`model` is required; GET /v1/models lists them.")
         if model not in allowed and "*" not in allowed:
             raise Failure("model_not_found")
-        return encode_json(chat | {"stream": True, "model": model}).encode()
+        return encode_json(asked | {"stream": True, "model": model}).encode()
     except (ValueError, RecursionError):  # no UTF-8, no JSON, 1e999, nested 100,000 deep
         raise Failure("invalid_json") from None
 
@@ -698,7 +698,7 @@ class Settings:
     max_event_bytes: int = setting(1048576, "count", "longest upstream event: bounds the memory")
     connect_seconds: float = setting(10.0, "time", "longest time to connect to the upstream")
     idle_seconds: float = setting(300.0, "time", "longest silence of an upstream that thinks")
-    write_seconds: float = setting(30.0, "time", "longest time a client may take nothing")
+    write_seconds: float = setting(30.0, "time", "longest wait for a client, or for its body")
     heartbeat_seconds: float = setting(10.0, "time", "how often a silent stream gets a comment")
     drain_seconds: float = setting(30.0, "wait", "how long a shutdown waits for streams")
     tls_cert: str = setting("", "text", "PEM file of a certificate: serve HTTPS")
@@ -990,8 +990,8 @@ OPENAI_BASE_URL=http://localhost:11434/v1 OPENAI_MODEL=llama3.2 python chatstrea
 
 async def demo_upstream(settings: Settings, request: web.BaseRequest) -> web.StreamResponse:
     """Answers at the pace of a model, and fails as models do."""
-    chat = parse_object(await request.content.read())
-    model, asked = chat["model"], str(chat["messages"][-1].get("content"))[:2000]
+    body = parse_object(await request.content.read())
+    model, asked = body["model"], str(body["messages"][-1].get("content"))[:2000]
     if model == "demo-rate-limit":
         error = {"message": "The demo takes no request just now.", "code": "rate_limit_exceeded"}
         return web.json_response({"error": error}, status=429, headers={"Retry-After": "5"})

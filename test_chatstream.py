@@ -524,8 +524,10 @@ class Framing(unittest.TestCase):
                     expected = "stream_truncated" if is_half else code
                     self.assertEqual((out, told.split(" ")[0]), (good, expected))
                     self.assertIn(message, told)
-        body = framed(b'{"choices":["%b"]}' % (b"x" * (100_000 - 16))) + TAIL  # just within it
-        self.assertEqual(self.feed(body, range(1, 100_000)), (body, ""))
+        began, body = time.monotonic(), framed(b'{"choices":["%b"]}' % (b"x" * 99_984)) + TAIL
+        self.assertEqual(self.feed(body, range(1, 100_000)), (body, ""))  # just within the limit
+        self.feed(b"data: %b\ndata: x\n\n" % (b'"content":""' * 8000))
+        self.assertLess(time.monotonic() - began, PATIENCE / 10)
 
     def test_lone_events(self) -> None:
         """A payload that differs from the last in its plain text alone is as good as that one, and
@@ -820,9 +822,8 @@ class Time(Case):
         self.assertIn("max-age", page.headers["Strict-Transport-Security"])
 
     async def test_fixed_waits(self) -> None:
-        """Two waits that no setting changes. An idle connection is closed before most servers do
-        it (5 s). A refusal whose body stalls is told after 2 s: no heartbeat makes it a 200, no
-        idle limit a 504."""
+        """Two fixed waits. An idle connection is closed before most servers do it (5 s). A refusal
+        whose body stalls is told after 2 s: no heartbeat makes it a 200, no idle limit a 504."""
         begun = b"HTTP/1.1 429 X\r\nRetry-After: 7\r\nContent-Length: 9\r\n\r\n{"
         short = {"heartbeat_seconds": 0.1, "idle_seconds": 0.5}
         async with upstream(says("Hi")) as up, serving(up) as url:
@@ -1293,9 +1294,8 @@ class Drain(Case):
         return False
 
     async def test_running_requests_go_on(self) -> None:
-        """What runs is finished, a stream or a list of models; meanwhile new requests are
-        refused, and nobody can connect. All this whatever becomes of stdout and stderr; and
-        pipes are left as they were, since others may write to them."""
+        """What runs is finished, a stream or a list of models; new requests are refused, nobody
+        can connect. All this whatever becomes of stdout and stderr; pipes are left as they were."""
 
         async def reply(call: Call) -> None:
             if call.request_line.startswith("POST"):
