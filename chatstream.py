@@ -76,11 +76,10 @@ class EventParser:
                     yield name, data
                 continue
             key, _, value = line.removeprefix(BOM).partition(b":")  # b'data: {"choices":[…]}'
-            value = value.removeprefix(b" ")
             if key == b"data":
-                self.data += value + b"\n"
+                self.data += value.removeprefix(b" ") + b"\n"
             elif key == b"event":
-                self.name = value
+                self.name = value.removeprefix(b" ")
             elif key not in (b"", b"id", b"retry"):  # b"": a comment
                 self.stray = True
             if len(self.data) > self.limit + 1:  # with its last LF
@@ -90,17 +89,15 @@ class EventParser:
 
     def lines(self, piece: bytes) -> list[bytes]:
         """The lines that this piece completes; keeps the rest for the next one."""
-        if not piece:
-            return []
         if self.after_cr:
             piece = piece.removeprefix(b"\n")
         self.after_cr = piece.endswith(b"\r")
-        # On bytes this ends a line at LF, CRLF or CR, as the standard does; on str at U+2028, too.
-        *lines, rest = (piece + b"|").splitlines()  # with the mark, the last has no end ever
+        # Not str.splitlines(), which ends a line at U+2028, too: here that is text.
+        *lines, rest = piece.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
         if lines and self.partial:
             lines[0] = bytes(self.partial) + lines[0]
             self.partial.clear()
-        self.partial += rest[:-1]
+        self.partial += rest
         if self.partial.startswith(b":"):  # a comment may be of any length: drop it as it comes
             del self.partial[1:]
         return lines
@@ -112,10 +109,11 @@ class EventParser:
 DONE = b"data: [DONE]\n\n"
 HEARTBEAT = b": keep-alive\n\n"
 
-# A chunk whose content is plain text: without quote, backslash, control or non-ASCII byte, nothing
-# in it can end the string or be bad. If all around it is, byte for byte, as in the last good
-# payload, this one is good JSON with the same keys. So it need not be parsed, which costs most.
-PLAIN = re.compile(rb'(.*"content": ?")[^"\\\x00-\x1f\x80-\xff]*(".*)')
+# To parse costs most. If all around a chunk's text is, byte for byte, as in a payload that was
+# good, and the text is plain (no quote, backslash, control or non-ASCII byte: nothing that could
+# end the string or be bad), then this one is good JSON, too, with the same keys.
+PLAIN = re.compile(rb'[^"\\\x00-\x1f\x80-\xff]*')
+CHUNK = re.compile(rb'(.*"content": ?")%b(".*)' % PLAIN.pattern)
 
 
 @dataclass(slots=True)
@@ -129,7 +127,7 @@ class Relay:
     finished: bool = False  # a `finish_reason` came: the end may follow without [DONE]
     done: bool = False
     failure: Failure | None = None  # an exception with a code of ERRORS
-    around: tuple[bytes, ...] | None = None  # what stood around the text in the last good payload
+    around: tuple[bytes, ...] = (b"", b"")  # what stood around the plain text of a good payload
 
     def feed(self, piece: bytes) -> bytes:
         """What this piece lets out, each event as b"data: PAYLOAD↵↵". b"" is the end of bytes."""
@@ -157,8 +155,9 @@ class Relay:
                 raise Failure("empty_stream")
             self.done = True
             return DONE
-        found = None if b"\n" in data else PLAIN.fullmatch(data)
-        if found and found.groups() == self.around and not name:
+        before, after = self.around
+        is_like_that = before and data.startswith(before) and data.endswith(after) and not name
+        if is_like_that and PLAIN.fullmatch(data, len(before), len(data) - len(after)):
             self.events += 1
             return b"data: %b\n\n" % data
         chunk: dict[str, Any] = {"error": True} if name == b"error" else parse_object(data)
@@ -173,8 +172,9 @@ class Relay:
                 if "message" in choice and "delta" not in choice:  # a whole completion
                     choice["delta"] = choice.pop("message")
                     chunk["object"] = "chat.completion.chunk"
-                    data, self.finished, found = encode_json(chunk).encode(), True, None
-        self.around = found.groups() if found else None
+                    data, self.finished = encode_json(chunk).encode(), True
+        if b"\n" not in data and (found := CHUNK.fullmatch(data)):
+            self.around = found.groups()
         self.events += 1
         return b"data: %b\n\n" % data.replace(b"\n", b" ")  # in JSON a bare LF is only space
 
@@ -285,7 +285,7 @@ async def chat(server: Chatstream, stream: Stream) -> web.StreamResponse:
 async def pass_on(stream: Stream, answer: aiohttp.ClientResponse) -> bytes:
     """Relays each event the moment its last byte is in; returns the last bytes. Raises Failure.
     The status waits for the first event or heartbeat: what fails before gets an honest one."""
-    relay, read = stream.relay, partial(answer.content.read, 2**16)  # a stalled client keeps it
+    relay, read = stream.relay, answer.content.readany
     if answer.content_type == "application/json":  # an answer in one piece
         read = partial(read_as_event, answer.content, relay.parser.limit)
     while not relay.failure:
@@ -569,6 +569,7 @@ def open_session(settings: Settings) -> aiohttp.ClientSession:
         timeout=aiohttp.ClientTimeout(total=None, connect=settings.connect_seconds),
         cookie_jar=aiohttp.DummyCookieJar(),  # else one person's cookie goes to the next
         response_class=UpstreamAnswer,
+        read_bufsize=2**13,  # of each answer whose client is slow so much waits, and one read
     )
 
 
@@ -900,12 +901,11 @@ class Chatstream:
             if not stream.active:  # its body is still to come
                 stream.stop(Failure("server_draining"))
         if self.requests:  # 2. running ones go on
-            left = [stream.task for stream in self.requests]
-            await asyncio.wait(left, timeout=self.settings.drain_seconds)
+            await asyncio.wait([s.task for s in self.requests], timeout=self.settings.drain_seconds)
         for stream in self.requests:  # 3. those left are told
             stream.stop(Failure("server_draining", outcome="drained"))
         if self.requests:
-            await asyncio.wait([stream.task for stream in self.requests], timeout=1)
+            await asyncio.wait([s.task for s in self.requests], timeout=1)
         for stream in self.requests:  # 4. or dropped
             stream.transport.abort()
         await self.runner.cleanup()
