@@ -37,6 +37,7 @@ import ssl
 import sys
 import time
 import urllib.request
+from bisect import bisect_left
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import AsyncExitStack, closing, suppress
 from dataclasses import Field, dataclass, field, fields, replace
@@ -806,17 +807,17 @@ class Histogram:
     """Seconds: 0.01 s doubling to 327.68 s (OpenTelemetry's buckets for GenAI, and two more)."""
 
     def __init__(self) -> None:
-        self.below = {0.01 * 2**power: 0 for power in range(16)}
-        self.count, self.sum = 0, 0.0
+        self.bounds = [0.01 * 2**power for power in range(16)]
+        self.counts, self.sum = [0] * 17, 0.0
 
     def observe(self, seconds: float) -> None:
-        for bucket in self.below:
-            self.below[bucket] += seconds <= bucket
-        self.count, self.sum = self.count + 1, self.sum + seconds
+        self.counts[bisect_left(self.bounds, seconds)] += 1
+        self.sum += seconds
 
     def samples(self) -> dict[str, float]:
-        samples = {f'_bucket{{le="{bucket}"}}': count for bucket, count in self.below.items()}
-        return samples | {'_bucket{le="+Inf"}': self.count, "_sum": self.sum, "_count": self.count}
+        names = [f'_bucket{{le="{bound}"}}' for bound in [*self.bounds, "+Inf"]]
+        below = {name: sum(self.counts[: i + 1]) for i, name in enumerate(names)}
+        return below | {"_sum": self.sum, "_count": sum(self.counts)}
 
 
 class Chatstream:
@@ -1035,8 +1036,7 @@ class Output(io.TextIOBase):
         return len(text)
 
 
-def log(line: str) -> None:
-    """On stderr; `logging` would cost a twelfth of all that a short stream does."""
+def log(line: str) -> None:  # `logging` would cost a twelfth of all that a short stream does
     sys.stderr.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
 

@@ -1839,7 +1839,7 @@ class Conversation(PageCase):
 
     async def test_edit_and_undo(self) -> None:
         """Edit puts the draft aside, until Esc or sending. Undo brings back what New chat, Edit or
-        Regenerate took, after a reload too, and stops what runs; it stays until the next message."""
+        Regenerate took, after a reload too, stops what runs, and stays until the next message."""
         page, value = await self.open(), "document.activeElement.value"
         texts = "turns.map((one) => one.content)"
         await page.ask("First")
