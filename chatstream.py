@@ -1078,7 +1078,7 @@ async def serve(settings: Settings) -> None:
         in_the_end.push_async_callback(server.drain)
         sys.stdout.write(f"chatstream listens on {address}\n  upstream: {upstream}\n")
         sys.stdout.write(f"  models:   {', '.join(settings.model)}\n  to stop:  Ctrl+C\n")
-        gc.freeze()  # what is here stays: to look through it at each collection delays tokens
+        gc.set_threshold(10_000)  # each time it looks through all there is, tokens wait: seldom
         await stopping.wait()
         sys.stdout.write(f"draining for up to {settings.drain_seconds:g} s; Ctrl+C ends it\n")
 
