@@ -151,16 +151,16 @@ class Relay:
 
     def check(self, name: bytes, data: bytes) -> bytes:
         """One event as it goes out, or b"". Raises Failure, ValueError, RecursionError."""
-        if data.strip() == b"[DONE]":  # the whole payload, never a token that contains it
-            if not self.events:
-                raise Failure("empty_stream")
-            self.done = True
-            return DONE
         before, after = self.around
         is_like_that = before and data.startswith(before) and data.endswith(after) and not name
         if is_like_that and PLAIN.fullmatch(data, len(before), len(data) - len(after)):
             self.events += 1
             return b"data: %b\n\n" % data
+        if data.strip() == b"[DONE]":  # the whole payload, never a token that contains it
+            if not self.events:
+                raise Failure("empty_stream")
+            self.done = True
+            return DONE
         chunk: dict[str, Any] = {"error": True} if name == b"error" else parse_object(data)
         if chunk.get("error") or chunk.get("object") == "error":
             raise reported(data, "upstream_error", cause="an error in the stream")
