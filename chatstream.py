@@ -90,11 +90,10 @@ class EventParser:
 
     def lines(self, piece: bytes) -> list[bytes]:
         """The lines that this piece completes; keeps the rest for the next one."""
-        if self.after_cr:
-            piece = piece.removeprefix(b"\n")
-        self.after_cr = piece.endswith(b"\r")
+        text = piece.removeprefix(b"\n") if self.after_cr else piece
+        self.after_cr = piece.endswith(b"\r") if piece else self.after_cr
         # Not str.splitlines(), which ends a line at U+2028, too: here that is text.
-        *lines, rest = piece.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+        *lines, rest = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
         if lines and self.partial:
             lines[0] = bytes(self.partial) + lines[0]
             self.partial.clear()
@@ -109,6 +108,7 @@ class EventParser:
 
 DONE = b"data: [DONE]\n\n"
 HEARTBEAT = b": keep-alive\n\n"
+NO_JSON = "no JSON object"  # a cause, for the log
 
 # To parse costs most. If all around a chunk's text is, byte for byte, as in a payload that was
 # good, and the text is plain (no quote, backslash, control or non-ASCII byte: nothing that could
@@ -146,7 +146,7 @@ class Relay:
         except OverflowError:
             self.failure = Failure("event_too_large")
         except (ValueError, RecursionError):
-            self.failure = Failure("upstream_invalid", cause="no JSON object")
+            self.failure = Failure("upstream_invalid", cause=NO_JSON)
         return b"".join(out)
 
     def check(self, name: bytes, data: bytes) -> bytes:
@@ -183,7 +183,7 @@ class Relay:
         """What goes out now that the bytes have ended: in good order, or `cut` off. Here alone
         it is said whether that was the end of an answer."""
         out = b"" if cut else self.feed(b"\n\n")  # the last event may lack its blank line
-        half = self.failure and self.failure.code == "upstream_invalid"  # a payload cut in two
+        half = self.failure and self.failure.cause == NO_JSON  # a payload cut in two
         if self.done or (self.failure and not half):
             return out  # that last event has said it all
         if cut or half or (self.events and not self.finished):
@@ -305,8 +305,8 @@ async def pass_on(stream: Stream, answer: aiohttp.ClientResponse) -> bytes:
 
 
 def clock(stream: Stream, settings: Settings) -> Iterator[bool]:
-    """A stream's three silences. Each step is a look, by `Chatstream.watch`: deadlines set anew at
-    every read and write would cost more. Gives True when a heartbeat is due."""
+    """A stream's three silences: the first two end it, at the third it gives True, for a heartbeat.
+    Each step is a look, by `Chatstream.watch`: a deadline at every read and write costs more."""
     taken = heard = told = 0
     taken_at = heard_at = told_at = stream.started
     while True:
@@ -570,7 +570,7 @@ def open_session(settings: Settings) -> aiohttp.ClientSession:
         timeout=aiohttp.ClientTimeout(total=None, connect=settings.connect_seconds),
         cookie_jar=aiohttp.DummyCookieJar(),  # else one person's cookie goes to the next
         response_class=UpstreamAnswer,
-        read_bufsize=2**13,  # of each answer whose client is slow so much waits, and one read
+        read_bufsize=2**13,  # so much waits, and one read more, while a client is slow
     )
 
 
@@ -1078,7 +1078,7 @@ async def serve(settings: Settings) -> None:
         in_the_end.push_async_callback(server.drain)
         sys.stdout.write(f"chatstream listens on {address}\n  upstream: {upstream}\n")
         sys.stdout.write(f"  models:   {', '.join(settings.model)}\n  to stop:  Ctrl+C\n")
-        gc.set_threshold(10_000)  # each time it looks through all there is, tokens wait: seldom
+        gc.set_threshold(10_000)  # seldom: in a full pass over a thousand streams tokens wait
         await stopping.wait()
         sys.stdout.write(f"draining for up to {settings.drain_seconds:g} s; Ctrl+C ends it\n")
 

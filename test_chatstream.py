@@ -454,6 +454,7 @@ BAD_STREAMS: dict[str, dict[str, bytes]] = {  # code and message: by name, what 
         "no event stream": b"Hello, world\n", "a stray line of JSON": b'{"choices":3}',
         "no JSON": framed(b"nonsense"), "a list": framed(b"[1]"), "two objects": framed(b"{}{}"),
         "NaN": framed(b'{"choices":[NaN]}'), "bad UTF-8": framed(b'{"choices":["\xff"]}'),
+        "one that is reported": b'data: {"error":{"message":"x","code":"upstream_invalid"}}',
         "a number too large for JSON": framed(COMPLETION.replace(b'"Hi"', b"1e999")),
         "an integer of 5,000 digits": framed(b'{"choices":[],"n":%b}' % (b"1" * 5000)),
         "deep nesting": framed(b"[" * 100_000),
@@ -508,6 +509,8 @@ class Framing(unittest.TestCase):
         for end in (b"\n\n", b"\r\n\r", b"\r\r"):
             relay = Relay(chatstream.EventParser(99))
             self.assertEqual(relay.feed(said(b"a")[:-2] + end), said(b"a"))
+        parser, pieces = chatstream.EventParser(9), (b"data:a\r", b"", b"\ndata:b\n\n")
+        self.assertEqual([*itertools.chain(*map(parser.feed, pieces))], [(b"", b"a\nb")])
         for body, *expected in GOOD_STREAMS.values():
             for ending in self.splits(body):
                 self.assertEqual(ending, (expected[0] if expected else GOOD, ""))
@@ -532,8 +535,7 @@ class Framing(unittest.TestCase):
         self.assertLess(time.monotonic() - began, PATIENCE / 10)
 
     def test_lone_events(self) -> None:
-        """A payload that differs from the last in its plain text alone is as good as that one, and
-        counts; what only looks so is seen through."""
+        """A payload like a good one but for its plain text is good, and counts; no other is."""
         for *earlier, piece, expected in LONE:
             with self.subTest(piece, earlier=earlier):
                 relay = Relay(chatstream.EventParser(100))
@@ -1136,9 +1138,8 @@ class Watching(Case):
                 await run.end(signal.SIGTERM)
 
     async def test_open_files(self) -> None:
-        """With few open files fewer streams are admitted, and one line says so. That none is
-        left for the upstream is not its fault, and neither told nor counted as such; asyncio
-        does not fill the log with it."""
+        """With few open files fewer streams are admitted, and one line says so. That none is left
+        for the upstream is not counted as its fault; asyncio does not fill the log with it."""
         async with upstream(stalls) as up:
             how = ["chatstream.py"], {"OPENAI_BASE_URL": up.url}, 'ulimit -n 72; exec "$@"'
             async with running(*how) as run:
@@ -1926,9 +1927,8 @@ class Conversation(PageCase):
         await page.until_says("Part")
 
     async def test_first_sight(self) -> None:
-        """The empty page says how to send, what the demo is, and offers messages to click; with
-        more than one model there is a picker, and what it shows is what is asked. Enter sends,
-        but not with Shift and not the Enter that ends an IME composition."""
+        """The empty page says how to send, what the demo is, and offers messages to click; a picker
+        shows the model that is asked. Enter sends, but not with Shift, nor to end an IME's."""
         page = await self.open(model=("demo", "demo-cut-off"))
         await page.until_says("This is the demo", "cut off")
         self.assertIn("Enter sends", await page.run("$.message.placeholder"))
