@@ -90,16 +90,19 @@ class EventParser:
 
     def lines(self, piece: bytes) -> list[bytes]:
         """The lines that this piece completes; keeps the rest for the next one."""
-        text = piece.removeprefix(b"\n") if self.after_cr else piece
-        self.after_cr = piece.endswith(b"\r") if piece else self.after_cr
+        if self.after_cr or b"\r" in piece:  # a line may end in CR, or in CR and LF, too
+            text = piece.removeprefix(b"\n") if self.after_cr else piece
+            self.after_cr = piece.endswith(b"\r") if piece else self.after_cr
+            piece = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         # Not str.splitlines(), which ends a line at U+2028, too: here that is text.
-        *lines, rest = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+        *lines, rest = piece.split(b"\n")
         if lines and self.partial:
             lines[0] = bytes(self.partial) + lines[0]
             self.partial.clear()
-        self.partial += rest
-        if self.partial.startswith(b":"):  # a comment may be of any length: drop it as it comes
-            del self.partial[1:]
+        if rest:
+            self.partial += rest
+            if self.partial.startswith(b":"):  # a comment of any length: drop it as it comes
+                del self.partial[1:]
         return lines
 
 
@@ -277,7 +280,7 @@ async def chat(server: Chatstream, stream: Stream) -> web.StreamResponse:
     stream.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**16)
     body = check_chat(await read_body(stream, settings.max_body_bytes), settings.model)
     stream.active = True
-    with closing(await ask(server, stream, "chat/completions", body)) as answer:
+    with closing(await ask(server, stream, "/chat/completions", body)) as answer:
         del body  # a long conversation need not stay in memory while its answer streams
         last = await pass_on(stream, answer)
     return await stream.end(last)
@@ -554,15 +557,13 @@ def environment_proxy(url: str) -> str | None:
     return proxy
 
 
-def open_session(settings: Settings) -> aiohttp.ClientSession:
+def open_session(settings: Settings, url: str) -> aiohttp.ClientSession:
     """Our connections to the upstream."""
-    url = settings.base_url or OPENAI_URL
     headers = {"Accept": "text/event-stream", "Content-Type": "application/json"}
     headers["Accept-Encoding"] = "identity"  # a compressed stream comes in bursts
     if settings.api_key:
         headers["Authorization"] = f"Bearer {settings.api_key}"
     return aiohttp.ClientSession(
-        url.rstrip("/") + "/",
         proxy=environment_proxy(url),
         headers=web.StreamResponse(headers=headers).headers.items(),  # as in KEPT_HEADERS
         # Else the 101st stream waits; and many servers close after 5 s, when a POST may be lost.
@@ -576,10 +577,10 @@ def open_session(settings: Settings) -> aiohttp.ClientSession:
 
 async def ask(server: Chatstream, stream: Stream, path: str, body: bytes = b"") -> Any:
     """The answer, if it is a good one; close it, come what may. Raises Failure."""
-    method, headers = "POST" if body else "GET", {"X-Request-Id": stream.id}
+    method, url, headers = "POST" if body else "GET", server.upstream, {"X-Request-Id": stream.id}
     try:  # no redirects: the key would travel along
         answer = stream.answer = await server.session.request(
-            method, path, data=body or None, headers=headers, allow_redirects=False
+            method, url + path, data=body or None, headers=headers, allow_redirects=False
         )
     except BROKEN as error:
         code = "upstream_unreachable"
@@ -828,8 +829,7 @@ class Chatstream:
         self.html = Path(__file__).resolve().with_name("index.html").read_bytes()
         self.page_headers = page_headers(self.html, bool(settings.tls_cert))
         addresses = re.findall(r"//([^/]+:\d+)", settings.base_url)
-        words = (settings.api_key, settings.token, *addresses)
-        self.secrets = [word for word in words if len(word) > 8 or word in addresses]
+        self.secrets = [*addresses, *(w for w in (settings.api_key, settings.token) if len(w) > 8)]
         self.hosts = {name.lower() for name in settings.allowed_hosts}
         if is_loopback(settings.host):
             self.hosts |= {"localhost", "127.0.0.1", "[::1]", settings.host}
@@ -844,7 +844,8 @@ class Chatstream:
     async def start(self) -> str:
         """Listens; returns the address. Raises BadSetting where it cannot."""
         settings, tls = self.settings, None
-        self.session = open_session(settings)
+        self.upstream = (settings.base_url or OPENAI_URL).rstrip("/")
+        self.session = open_session(settings, self.upstream)
         try:
             if settings.tls_cert:
                 tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -920,12 +921,11 @@ class Chatstream:
         return web.Response(body=self.html, headers=self.page_headers)
 
     async def models(self, stream: Stream) -> web.StreamResponse:
-        settings = self.settings
-        names = [name for name in settings.model if name != "*"]
-        if "*" in settings.model:
+        names = [name for name in self.settings.model if name != "*"]
+        if "*" in self.settings.model:
             try:
-                async with asyncio.timeout(settings.connect_seconds):
-                    with closing(await ask(self, stream, "models")) as answer:
+                async with asyncio.timeout(self.settings.connect_seconds):
+                    with closing(await ask(self, stream, "/models")) as answer:
                         listed = parse_object(await read_whole(answer.content, 2**22))
                 names += [each["id"] for each in listed["data"] if each["id"] not in names]
             except TimeoutError:
