@@ -177,7 +177,7 @@ class Relay:
                     choice["delta"] = choice.pop("message")
                     chunk["object"] = "chat.completion.chunk"
                     data, self.finished = encode_json(chunk).encode(), True
-        if b"\n" not in data and (found := CHUNK.fullmatch(data)):
+        if not self.finished and b"\n" not in data and (found := CHUNK.fullmatch(data)):
             self.around = found.groups()
         self.events += 1
         return b"data: %b\n\n" % data.replace(b"\n", b" ")  # in JSON a bare LF is only space
@@ -202,6 +202,7 @@ class Relay:
 
 # ---- One stream, from the request to the last byte ---------------------------------------
 
+REQUEST_ID = re.compile(r"[\w.-]{1,128}", re.ASCII)  # a sane one
 COMMON_HEADERS = {"Server": "chatstream", "X-Content-Type-Options": "nosniff"}
 STREAM_HEADERS = COMMON_HEADERS | {
     "Content-Type": "text/event-stream; charset=utf-8",
@@ -233,11 +234,10 @@ class Stream:
 
     async def open(self) -> web.StreamResponse:
         """The point of no return: from here on the status is 200."""
-        if self.response is None:
-            self.response = web.StreamResponse(headers=[*KEPT_HEADERS, ("X-Request-Id", self.id)])
-            if self.request.version < (1, 1):
-                self.response.force_close()  # without chunks only that ends a body
-            await self.response.prepare(self.request)
+        self.response = web.StreamResponse(headers=[*KEPT_HEADERS, ("X-Request-Id", self.id)])
+        if self.request.version < (1, 1):
+            self.response.force_close()  # without chunks only that ends a body
+        await self.response.prepare(self.request)
         return self.response
 
     async def write(self, data: bytes) -> None:
@@ -253,7 +253,7 @@ class Stream:
         """The last bytes. Returns when the kernel has taken them all (TLS may still hold some), so
         that the limits, the gauge and the drain know of the stream until then."""
         self.written += len(last)
-        response = await self.open()
+        response = self.response or await self.open()
         self.transport.set_write_buffer_limits(0)  # write_eof() waits until it holds no more
         await response.write_eof(last)
         self.transport.set_write_buffer_limits()
@@ -339,7 +339,7 @@ def clock(stream: Stream, settings: Settings) -> Iterator[bool]:
 async def handle(server: Chatstream, request: web.BaseRequest) -> web.StreamResponse:
     """One request, from its head to its line in the log."""
     request_id = request.headers.get("X-Request-Id", "")
-    if not re.fullmatch(r"[\w.-]{1,128}", request_id, re.ASCII):
+    if not REQUEST_ID.fullmatch(request_id):
         request_id = os.urandom(12).hex()
     relay = Relay(EventParser(server.settings.max_event_bytes))
     stream = Stream(request, request.transport, relay, request_id)
@@ -1024,15 +1024,15 @@ class Output(io.TextIOBase):
     would stop us, and O_NONBLOCK, which would help, is in common with others at the terminal."""
 
     def __init__(self, stream: TextIO) -> None:
-        self.stream, self.poll = stream, select.poll()
-        self.poll.register(stream, select.POLLOUT)
+        self.number, self.coding, self.poll = stream.fileno(), stream.encoding, select.poll()
+        self.poll.register(self.number, select.POLLOUT)
 
     def write(self, text: str) -> int:
-        data = text.encode(self.stream.encoding, errors="backslashreplace")
+        data = text.encode(self.coding, errors="backslashreplace")
         with suppress(OSError):
             for start in range(0, len(data), select.PIPE_BUF):  # so much fits in without a wait
                 if self.poll.poll(0):
-                    os.write(self.stream.fileno(), data[start : start + select.PIPE_BUF])
+                    os.write(self.number, data[start : start + select.PIPE_BUF])
         return len(text)
 
 
