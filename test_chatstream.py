@@ -1026,8 +1026,7 @@ class Access(Case):
                 self.assertIn(b" %d " % status, answer.partition(b"\r\n")[0])
 
     async def test_page(self) -> None:
-        """The page comes with its policy, which names its own script and style, with an ETag,
-        and 304 for who has it."""
+        """The page comes with a policy that names its own script and style, with ETag and 304."""
         html = (HERE / "index.html").read_text(encoding="utf-8")
         policy = {"default-src 'none'", "connect-src 'self'", "img-src data:", "base-uri 'none'"}
         policy |= {"form-action 'none'", "frame-ancestors 'none'", "trusted-types 'none'"}
@@ -1625,14 +1624,15 @@ class Markdown(PageCase):
                 self.assertLess(time.monotonic() - began, PATIENCE / 10)
 
     async def test_splits(self) -> None:
-        """The final DOM is the same whatever the pieces that the text came in, and a block whose
-        successor has a complete first line keeps its nodes to the end."""
+        """Whatever the pieces, the final DOM is the same, and finished blocks keep their nodes."""
         page, chance = await self.open(), random.Random(3)
-        whole = await page.run(RENDER, SAMPLE)
-        for count in (0, 5, 50, 500, len(SAMPLE)) * 6:
-            cuts = sorted(chance.sample(range(len(SAMPLE)), count))
-            bounds = zip([0, *cuts], [*cuts, len(SAMPLE)], strict=True)
-            self.assertEqual(await page.run(RENDER, *(SAMPLE[a:b] for a, b in bounds)), whole)
+        long = "*a* b\n\n" * 250 + SAMPLE + "some `words` " * 4000 + SAMPLE  # goes on in parts
+        for text, counts in ((SAMPLE, (0, 5, 50, 500, len(SAMPLE)) * 6), (long, (9, 99))):
+            whole = await page.run(RENDER, text)
+            for count in counts:
+                cuts = sorted(chance.sample(range(len(text)), count))
+                bounds = zip([0, *cuts], [*cuts, len(text)], strict=True)
+                self.assertEqual(await page.run(RENDER, *(text[a:b] for a, b in bounds)), whole)
         code = """(text) => {
             const root = document.createElement('div'), show = markdownInto(root), nodes = [];
             for (let end = 1; end <= text.length; end += 1) {
