@@ -13,7 +13,7 @@ The way of one token, from the upstream (any OpenAI-compatible model server) to 
         └───────── abort: the client left, the time is up, we shut down ─────┘
 
 Read it from the top: bytes become events, events become what may go out, `chat` is a whole
-stream's life in four sentences, `handle` tells how it ended. The rest is what a server adds.
+stream's life in four steps, `handle` tells how it ended. The rest is what a server adds.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ BOM = b"\xef\xbb\xbf"  # byte order mark, in UTF-8
 class EventParser:
     """Server-sent events from bytes in any pieces (WHATWG HTML standard, section 9.2.6)."""
 
-    limit: int  # bytes of data in one event, and so of memory
-    partial: bytearray = field(default_factory=bytearray)  # the line that has no end yet
+    limit: int  # bytes of data in one event
+    begun: bytearray = field(default_factory=bytearray)  # the line that has no end yet
     after_cr: bool = False  # the last piece ended in CR: a LF now would be its other half
     name: bytes = b""
     data: bytearray = field(default_factory=bytearray)  # each line with a LF
-    stray: bool = False  # there was a line that no event stream has: is this one at all?
+    stray: bool = False  # a line of no known field came: is this an event stream at all?
 
     def feed(self, piece: bytes) -> Iterator[tuple[bytes, bytes]]:
         """The events that this piece completes: name (b"" unless an `event:` line gave one) and
@@ -85,7 +85,7 @@ class EventParser:
                 self.stray = True
             if len(self.data) > self.limit + 1:  # with its last LF
                 raise OverflowError
-        if len(self.partial) > self.limit + len("data: "):
+        if len(self.begun) > self.limit + len("data: "):
             raise OverflowError
 
     def lines(self, piece: bytes) -> list[bytes]:
@@ -94,35 +94,35 @@ class EventParser:
             text = piece.removeprefix(b"\n") if self.after_cr else piece
             self.after_cr = piece.endswith(b"\r") if piece else self.after_cr
             piece = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        # Not str.splitlines(), which ends a line at U+2028, too: here that is text.
+        # Of bytes: no character is cut, and U+2028, which would end a line of str, is text.
         *lines, rest = piece.split(b"\n")
-        if lines and self.partial:
-            lines[0] = bytes(self.partial) + lines[0]
-            self.partial.clear()
+        if lines and self.begun:
+            lines[0] = bytes(self.begun) + lines[0]
+            self.begun.clear()
         if rest:
-            self.partial += rest
-            if self.partial.startswith(b":"):  # a comment of any length: drop it as it comes
-                del self.partial[1:]
+            self.begun += rest
+            if self.begun.startswith(b":"):  # a comment of any length: drop it as it comes
+                del self.begun[1:]
         return lines
 
 
 # ---- The relay's rules -------------------------------------------------------------------
-# What may go out: chunks, one error, [DONE]. Anything else breaks some client. No I/O here.
+# Out go chunks (JSON with `choices`), then [DONE] or one error; more breaks clients. No I/O here.
 
 DONE = b"data: [DONE]\n\n"
 HEARTBEAT = b": keep-alive\n\n"
-NO_JSON = "no JSON object"  # a cause, for the log
+NO_JSON = "no JSON object"  # a cause; `close` asks for it
 
-# To parse costs most. If all around a chunk's text is, byte for byte, as in a payload that was
-# good, and the text is plain (no quote, backslash, control or non-ASCII byte: nothing that could
-# end the string or be bad), then this one is good JSON, too, with the same keys.
+# To parse costs most. `check` spares it where all around a chunk's text is, byte for byte, as in
+# one that was good, and the text is plain (no quote, backslash, control or non-ASCII byte: nothing
+# that could end the string or be bad): then this is good JSON, too, with the same keys.
 PLAIN = re.compile(rb'[^"\\\x00-\x1f\x80-\xff]*')
 CHUNK = re.compile(rb'(.*"content": ?")%b(".*)' % PLAIN.pattern)
 
 
 @dataclass(slots=True)
 class Relay:
-    """An upstream's bytes in, the client's bytes out, both in any pieces. It is over when `done`,
+    """An upstream's bytes in, in any pieces; the client's events out. It is over when `done`,
     the answer being whole, or at a `failure`; what came before that has been given out."""
 
     parser: EventParser
@@ -131,10 +131,10 @@ class Relay:
     finished: bool = False  # a `finish_reason` came: the end may follow without [DONE]
     done: bool = False
     failure: Failure | None = None  # an exception with a code of ERRORS
-    around: tuple[bytes, ...] = (b"", b"")  # what stood around the plain text of a good payload
+    around: tuple[bytes, ...] = (b"", b"")  # what stood around a good chunk's plain text
 
     def feed(self, piece: bytes) -> bytes:
-        """What this piece lets out, each event as b"data: PAYLOAD↵↵". b"" is the end of bytes."""
+        """What this piece lets out, each event as b"data: PAYLOAD↵↵". An empty one ends it."""
         if not piece:
             return self.close()
         out = []
@@ -173,7 +173,7 @@ class Relay:
         for choice in choices:
             if isinstance(choice, dict):
                 self.finished = self.finished or bool(choice.get("finish_reason"))
-                if "message" in choice and "delta" not in choice:  # a whole completion
+                if "message" in choice and "delta" not in choice:  # it came in one piece
                     choice["delta"] = choice.pop("message")
                     chunk["object"] = "chat.completion.chunk"
                     data, self.finished = encode_json(chunk).encode(), True
@@ -184,7 +184,7 @@ class Relay:
 
     def close(self, cut: bool = False) -> bytes:
         """What goes out now that the bytes have ended: in good order, or `cut` off. Here alone
-        it is said whether that was the end of an answer."""
+        it is judged whether that was the end of an answer."""
         out = b"" if cut else self.feed(b"\n\n")  # the last event may lack its blank line
         half = self.failure and self.failure.cause == NO_JSON  # a payload cut in two
         if self.done or (self.failure and not half):
@@ -209,7 +209,7 @@ STREAM_HEADERS = COMMON_HEADERS | {
     "Cache-Control": "no-cache, no-transform",
     "X-Accel-Buffering": "no",  # else nginx holds the whole answer back
 }
-# The same, with names as aiohttp keeps them: else it makes its own for each stream, of 1 KB.
+# aiohttp keeps names as objects of its own: made once here, not 1 KB of them for each stream.
 KEPT_HEADERS = list(web.StreamResponse(headers=STREAM_HEADERS).headers.items())
 
 
@@ -223,20 +223,20 @@ class Stream:
     id: str
     started: float = field(default_factory=time.monotonic)
     task: Any = field(default_factory=asyncio.current_task)  # its handler's, which makes this
-    clock: Iterator[bool] | None = None  # see `clock`; once it counts as a stream
+    clock: Iterator[bool] | None = None  # see `clock`; None: it is no chat
     active: bool = False  # the request's body is here
     answer: aiohttp.ClientResponse | None = None  # the upstream's
     response: web.StreamResponse | None = None  # ours, once its status is 200
     written: int = 0  # bytes
     first_event: float = 0.0  # seconds until it came; 0: not yet
-    ended: bool = False  # the client has taken the last bytes
+    ended: bool = False  # the kernel has taken the last bytes: completed
     failure: Failure | None = None  # why there is no whole answer
 
     async def open(self) -> web.StreamResponse:
         """The point of no return: from here on the status is 200."""
         self.response = web.StreamResponse(headers=[*KEPT_HEADERS, ("X-Request-Id", self.id)])
         if self.request.version < (1, 1):
-            self.response.force_close()  # without chunks only that ends a body
+            self.response.force_close()  # HTTP/1.0: only that ends a body
         await self.response.prepare(self.request)
         return self.response
 
@@ -246,7 +246,7 @@ class Stream:
         self.written += len(data)
         if len(data) < 2**15 and not self.transport.get_write_buffer_size():
             await response.write(data)  # below asyncio's mark of 64 KB: it never waits
-        else:  # if `stop` cancels us while it waits, that wait goes on, since `end` needs it, too
+        else:  # `stop` may cancel us, but not this wait, in which `end` then joins
             await asyncio.shield(response.write(data))
 
     async def end(self, last: bytes) -> web.StreamResponse:
@@ -261,7 +261,7 @@ class Stream:
         return response
 
     def stop(self, failure: Failure) -> None:
-        """Ends `chat` from outside, as a closed tab does, but with something to tell."""
+        """Ends `chat`, if it goes on, as a closed tab does, but with something to tell."""
         if not self.failure and not self.relay.done:
             self.failure = failure
             self.task.cancel()
@@ -270,13 +270,13 @@ class Stream:
 async def chat(server: Chatstream, stream: Stream) -> web.StreamResponse:
     """Check the request; ask the upstream; relay what it says; let it go, come what may. Raises
     Failure; at any `await` CancelledError: aiohttp cancels its handler when it loses the client,
-    and `Stream.stop` does so, too. Either way, `closing` aborts the upstream's answer."""
+    and `Stream.stop` does so, too. `closing`, or before that aiohttp, then aborts the upstream."""
     settings = server.settings
     if len(server.streams) >= server.max_streams:
         raise Failure("too_many_streams")
     server.streams.add(stream)  # before its body, which takes memory; `settle` takes it out
     stream.clock = clock(stream, settings)
-    # With a larger buffer in the kernel, a client that reads slowly would look dead.
+    # A larger buffer in the kernel refills so seldom that a slow client would look dead.
     stream.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**16)
     body = check_chat(await read_body(stream, settings.max_body_bytes), settings.model)
     stream.active = True
@@ -321,8 +321,8 @@ def clock(stream: Stream, settings: Settings) -> Iterator[bool]:
             stream.transport.abort()  # aiohttp now cancels the handler, as for a closed tab
         elif now - taken_at >= settings.write_seconds:  # since it started: for the whole body
             stream.stop(Failure("request_timeout"))
-        # 2. How long has the upstream said nothing, though it is its turn?
-        is_refusal = stream.answer and not stream.answer.ok  # a heartbeat would make its 429 a 200
+        # 2. How long has no event come from the upstream, though it is its turn?
+        is_refusal = stream.answer and not stream.answer.ok  # 2 s at most; must not become a 200
         is_excused = unsent or is_refusal or not stream.active
         if stream.relay.heard > heard or is_excused:
             heard, heard_at = stream.relay.heard, now
@@ -350,7 +350,7 @@ async def handle(server: Chatstream, request: web.BaseRequest) -> web.StreamResp
         if not stream.failure:  # the client has left: there is nobody to tell
             raise
         response = await tell(server, stream, stream.failure)
-    except ConnectionError:  # the same, seen while writing
+    except ConnectionError:  # it has left, as we saw while writing
         response = stream.response or web.Response()
     except Failure as failure:
         response = await tell(server, stream, failure)
@@ -380,7 +380,7 @@ async def tell(server: Chatstream, stream: Stream, failure: Failure) -> web.Stre
 
 
 # ---- Errors ------------------------------------------------------------------------------
-# Raise early, convert once: all that goes wrong is a Failure, and `tell` alone tells it.
+# Raise early, convert once: what a client is to hear is a Failure, and `tell` alone tells it.
 
 ERRORS = {  # code: (status, outcome in the metrics, message)
     "invalid_json": (400, "rejected", "The body is no JSON (RFC 8259, integers to 4,300 digits)."),
