@@ -441,7 +441,7 @@ def reported(body: bytes, code: str, **departs: Any) -> Failure:
     told: Any = None
     error: dict[str, Any] = {}
     with suppress(ValueError, RecursionError):
-        told = decode_json(body.decode())
+        told = JSON.decode(body.decode())
     match told[0] if isinstance(told, list) and told else told:
         case {"error": dict() as error} | ({"message": _} as error):  # OpenAI; vLLM
             pass
@@ -461,14 +461,15 @@ def reported(body: bytes, code: str, **departs: Any) -> Failure:
 
 # JSON as RFC 8259 has it: for NaN and Infinity, which Python would read, int() raises ValueError.
 # So do bad UTF-8 and integers above 4,300 digits; deep nesting raises RecursionError.
-decode_json = json.JSONDecoder(parse_constant=int).decode
+JSON = json.JSONDecoder(parse_constant=int)
 encode_json = json.JSONEncoder(allow_nan=False).encode
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
     """What an upstream says. Raises ValueError, RecursionError."""
-    value = decode_json(data.decode())
-    if not isinstance(value, dict):
+    text = data.strip(b" \t\r\n").decode()
+    value, end = JSON.raw_decode(text)  # decode() costs a third more
+    if not isinstance(value, dict) or end < len(text):
         raise ValueError
     return value
 
@@ -477,7 +478,7 @@ def check_chat(data: bytes, allowed: tuple[str, ...]) -> bytes:
     """The body to send on for the body received: encoded anew from what was checked, so that
     a repeated key cannot slip a model past the check. Raises Failure."""
     try:
-        asked = decode_json(data.decode())
+        asked = JSON.decode(data.decode())
         if not isinstance(asked, dict):
             raise Failure("invalid_request")
         if asked.get("stream") not in (None, True):
@@ -979,9 +980,8 @@ ROUTES: dict[str, tuple[str, Handler]] = {
 
 DEMO_MODELS = ("demo", "demo-slow-start", "demo-cut-off", "demo-error", "demo-rate-limit")
 DEMO_ANSWER = """\
-# Hello from the demo
-This is **not a model**, but a small upstream inside `chatstream.py`; its other models show what \
-goes wrong in real life. To leave it, set `OPENAI_API_KEY`, or the address of any model server:
+**Hello from the demo**, which is no model, but part of `chatstream.py`; the others show what goes \
+wrong in real life. To leave it, set `OPENAI_API_KEY`, or the address of any model server:
 ```sh
 OPENAI_BASE_URL=http://localhost:11434/v1 OPENAI_MODEL=llama3.2 python chatstream.py
 ```

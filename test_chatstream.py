@@ -1262,7 +1262,7 @@ class Start(Case):
             await run.end(signal.SIGTERM)
         deltas = (json.loads(each)["choices"][0]["delta"] for each in answers["demo"].payloads[:-1])
         text = "".join(each.get("content", "") for each in deltas)
-        for words in ("# Hello from the demo", "> Hello", "OPENAI_API_KEY"):
+        for words in ("Hello from the demo", "> Hello", "OPENAI_API_KEY"):
             self.assertIn(words, text)
         slow, limited = answers["demo-slow-start"], answers["demo-rate-limit"]
         self.assertTrue(slow.body.startswith(b": keep-alive\n\n") and slow.body.endswith(DONE))
@@ -2197,4 +2197,4 @@ class Readme(Case):
             example = example.replace("http://localhost:8080", demo.url)
             async with running(["-c", example], {"PYTHONDEVMODE": ""}) as client:
                 self.assertEqual(await client.end(), 0, client.err)
-        self.assertIn("# Hello from the demo", client.out)
+        self.assertIn("Hello from the demo", client.out)
