@@ -12,8 +12,8 @@ The way of one token, from the upstream (any OpenAI-compatible model server) to 
         ^               lines, any split        what may go out              │
         └───────── abort: the client left, the time is up, we shut down ─────┘
 
-Read it from the top: bytes become events, events become what may go out, `chat` is a whole
-stream's life in four steps, `handle` tells how it ended. The rest is what a server adds.
+Read it from the top: bytes become events, events what may go out, `chat` is a stream's life in
+four steps, `handle` tells how it ended. The rest is what a server adds.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ import sys
 import time
 import urllib.request
 from bisect import bisect_left
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, closing, suppress
 from dataclasses import Field, dataclass, field, fields, replace
 from functools import partial
@@ -202,7 +202,6 @@ class Relay:
 
 # ---- One stream, from the request to the last byte ---------------------------------------
 
-REQUEST_ID = re.compile(r"[\w.-]{1,128}", re.ASCII)  # a sane one
 COMMON_HEADERS = {"Server": "chatstream", "X-Content-Type-Options": "nosniff"}
 STREAM_HEADERS = COMMON_HEADERS | {
     "Content-Type": "text/event-stream; charset=utf-8",
@@ -338,14 +337,13 @@ def clock(stream: Stream, settings: Settings) -> Iterator[bool]:
 
 async def handle(server: Chatstream, request: web.BaseRequest) -> web.StreamResponse:
     """One request, from its head to its line in the log."""
-    request_id = request.headers.get("X-Request-Id", "")
-    if not REQUEST_ID.fullmatch(request_id):
-        request_id = os.urandom(12).hex()
+    sent = re.fullmatch(r"[\w.-]{1,128}", request.headers.get("X-Request-Id", ""), re.ASCII)
+    request_id = sent[0] if sent else os.urandom(12).hex()
     relay = Relay(EventParser(server.settings.max_event_bytes))
     stream = Stream(request, request.transport, relay, request_id)
     server.requests.add(stream)
     try:
-        response = await route(server, request)(server, stream)
+        response: web.StreamResponse = await route(server, request)(server, stream)
     except asyncio.CancelledError:
         if not stream.failure:  # the client has left: there is nobody to tell
             raise
@@ -500,11 +498,10 @@ def check_chat(data: bytes, allowed: tuple[str, ...]) -> bytes:
 
 
 def is_message(message: Any) -> bool:
-    roles = ("system", "developer", "user", "assistant", "tool")
     content = message.get("content") if isinstance(message, dict) else 0  # 0: refused
     parts = content if isinstance(content, list) else []
     good = isinstance(content, str | list | None) and all(isinstance(part, dict) for part in parts)
-    return good and message.get("role") in roles
+    return good and message.get("role") in ("system", "developer", "user", "assistant", "tool")
 
 
 async def read_whole(content: aiohttp.StreamReader, limit: int) -> bytes:
@@ -628,7 +625,7 @@ def is_loopback(host: str) -> bool:
     return bool(re.fullmatch(r"localhost|127(\.\d{1,3}){3}|::1", host))
 
 
-def route(server: Chatstream, request: web.BaseRequest) -> Handler:
+def route(server: Chatstream, request: web.BaseRequest) -> Callable[..., Any]:
     """The handler of a request that may come in. Raises Failure."""
     path, headers, host = request.path, request.headers, request.headers.get("Host", "").lower()
     guarded = path in ("/", "/stream") or path.startswith("/v1/")
@@ -964,8 +961,7 @@ class Chatstream:
 
 
 CHAT_PATHS = ("/stream", "/v1/chat/completions")
-Handler = Callable[[Chatstream, Stream], Coroutine[Any, Any, web.StreamResponse]]
-ROUTES: dict[str, tuple[str, Handler]] = {
+ROUTES: dict[str, tuple[str, Callable[..., Any]]] = {
     **dict.fromkeys(CHAT_PATHS, ("POST", chat)),
     "/": ("GET", Chatstream.page),
     "/v1/models": ("GET", Chatstream.models),
@@ -1024,20 +1020,24 @@ class Output(io.TextIOBase):
     would stop us, and O_NONBLOCK, which would help, is in common with others at the terminal."""
 
     def __init__(self, stream: TextIO) -> None:
-        self.number, self.coding, self.poll = stream.fileno(), stream.encoding, select.poll()
-        self.poll.register(self.number, select.POLLOUT)
+        self.stream, self.text, self.poll = stream, "", select.poll()
+        self.poll.register(stream, select.POLLOUT)
 
     def write(self, text: str) -> int:
-        data = text.encode(self.coding, errors="backslashreplace")
+        self.text += text
+        return len(text)
+
+    def flush(self) -> None:
+        data, self.text = self.text.encode(self.stream.encoding, "backslashreplace"), ""
         with suppress(OSError):
             for start in range(0, len(data), select.PIPE_BUF):  # so much fits in without a wait
                 if self.poll.poll(0):
-                    os.write(self.number, data[start : start + select.PIPE_BUF])
-        return len(text)
+                    os.write(self.stream.fileno(), data[start : start + select.PIPE_BUF])
 
 
 def log(line: str) -> None:  # `logging` would cost a twelfth of all that a short stream does
     sys.stderr.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+    asyncio.get_running_loop().call_soon(sys.stderr.flush)  # once for all that end together
 
 
 class Quiet:
@@ -1076,11 +1076,11 @@ async def serve(settings: Settings) -> None:
         server = Chatstream(settings)
         address = await server.start()
         in_the_end.push_async_callback(server.drain)
-        sys.stdout.write(f"chatstream listens on {address}\n  upstream: {upstream}\n")
-        sys.stdout.write(f"  models:   {', '.join(settings.model)}\n  to stop:  Ctrl+C\n")
+        print(f"chatstream listens on {address}\n  upstream: {upstream}")
+        print(f"  models:   {', '.join(settings.model)}\n  to stop:  Ctrl+C", flush=True)
         gc.set_threshold(10_000)  # seldom: in a full pass over a thousand streams tokens wait
         await stopping.wait()
-        sys.stdout.write(f"draining for up to {settings.drain_seconds:g} s; Ctrl+C ends it\n")
+        print(f"draining for up to {settings.drain_seconds:g} s; Ctrl+C ends it", flush=True)
 
 
 def main() -> None:
