@@ -177,7 +177,7 @@ class Relay:
                     choice["delta"] = choice.pop("message")
                     chunk["object"] = "chat.completion.chunk"
                     data, self.finished = encode_json(chunk).encode(), True
-        if not self.finished and b"\n" not in data and (found := CHUNK.fullmatch(data)):
+        if b"\n" not in data and (found := CHUNK.fullmatch(data)):
             self.around = found.groups()
         self.events += 1
         return b"data: %b\n\n" % data.replace(b"\n", b" ")  # in JSON a bare LF is only space
