@@ -110,14 +110,12 @@ class EventParser:
 # Out go chunks (JSON with `choices`), then [DONE] or one error; more breaks clients. No I/O here.
 
 DONE = b"data: [DONE]\n\n"
-HEARTBEAT = b": keep-alive\n\n"
 NO_JSON = "no JSON object"  # a cause; `close` asks for it
 
 # To parse costs most. `check` spares it where all around a chunk's text is, byte for byte, as in
 # one that was good, and the text is plain (no quote, backslash, control or non-ASCII byte: nothing
 # that could end the string or be bad): then this is good JSON, too, with the same keys.
-PLAIN = re.compile(rb'[^"\\\x00-\x1f\x80-\xff]*')
-CHUNK = re.compile(rb'(.*"content": ?")%b(".*)' % PLAIN.pattern)
+TEXT = re.compile(rb'"content": ?"[^"\\\x00-\x1f\x80-\xff]*"')
 
 
 @dataclass(slots=True)
@@ -137,11 +135,12 @@ class Relay:
         """What this piece lets out, each event as b"data: PAYLOAD↵↵". An empty one ends it."""
         if not piece:
             return self.close()
-        out = []
+        out: list[bytes] = []
         try:
             for name, data in self.parser.feed(piece):
                 self.heard += 1
-                out.append(self.check(name, data))
+                if payload := self.check(name, data):
+                    out += (b"data: ", payload, b"\n\n")
                 if self.done:
                     break
         except Failure as failure:
@@ -153,18 +152,20 @@ class Relay:
         return b"".join(out)
 
     def check(self, name: bytes, data: bytes) -> bytes:
-        """One event as it goes out, or b"". Raises Failure, ValueError, RecursionError."""
+        """An event's payload as it goes out, or b"". Raises Failure, ValueError, RecursionError."""
         before, after = self.around
         is_like_that = before and data.startswith(before) and data.endswith(after) and not name
-        if is_like_that and PLAIN.fullmatch(data, len(before), len(data) - len(after)):
+        if is_like_that and TEXT.fullmatch(data, len(before), len(data) - len(after)):
             self.events += 1
-            return b"data: %b\n\n" % data
+            return data
         if data.strip() == b"[DONE]":  # the whole payload, never a token that contains it
             if not self.events:
                 raise Failure("empty_stream")
             self.done = True
-            return DONE
-        chunk: dict[str, Any] = {"error": True} if name == b"error" else parse_object(data)
+            return b"[DONE]"
+        chunk = {"error": True} if name == b"error" else decode_json(data)
+        if not isinstance(chunk, dict):
+            raise ValueError
         if chunk.get("error") or chunk.get("object") == "error":
             raise reported(data, "upstream_error", cause="an error in the stream")
         choices = chunk.get("choices")
@@ -177,10 +178,10 @@ class Relay:
                     choice["delta"] = choice.pop("message")
                     chunk["object"] = "chat.completion.chunk"
                     data, self.finished = encode_json(chunk).encode(), True
-        if b"\n" not in data and (found := CHUNK.fullmatch(data)):
-            self.around = found.groups()
+        if b"\n" not in data and (found := TEXT.search(data)):
+            self.around = data[: found.start()], data[found.end() :]
         self.events += 1
-        return b"data: %b\n\n" % data.replace(b"\n", b" ")  # in JSON a bare LF is only space
+        return data.replace(b"\n", b" ")  # in JSON a bare LF is only space
 
     def close(self, cut: bool = False) -> bytes:
         """What goes out now that the bytes have ended: in good order, or `cut` off. Here alone
@@ -193,10 +194,9 @@ class Relay:
             self.failure = Failure("stream_truncated")
         elif self.events:  # whole, though nobody said [DONE]: we do
             self.done, out = True, out + DONE
-        elif self.parser.stray or self.heard:  # something came, but never a chunk
-            self.failure = Failure("upstream_invalid")
-        else:
-            self.failure = Failure("empty_stream")
+        else:  # what came, if anything did, was never a chunk
+            came = self.parser.stray or self.heard
+            self.failure = Failure("upstream_invalid" if came else "empty_stream")
         return out
 
 
@@ -224,40 +224,43 @@ class Stream:
     task: Any = field(default_factory=asyncio.current_task)  # its handler's, which makes this
     clock: Iterator[bool] | None = None  # see `clock`; None: it is no chat
     active: bool = False  # the request's body is here
-    answer: aiohttp.ClientResponse | None = None  # the upstream's
     response: web.StreamResponse | None = None  # ours, once its status is 200
+    writer: Any = None  # of its body
     written: int = 0  # bytes
     first_event: float = 0.0  # seconds until it came; 0: not yet
     ended: bool = False  # the kernel has taken the last bytes: completed
     failure: Failure | None = None  # why there is no whole answer
 
-    async def open(self) -> web.StreamResponse:
+    async def open(self) -> Any:
         """The point of no return: from here on the status is 200."""
-        self.response = web.StreamResponse(headers=[*KEPT_HEADERS, ("X-Request-Id", self.id)])
-        if self.request.version < (1, 1):
+        headers = [*KEPT_HEADERS, ("X-Request-Id", self.id)]
+        if self.request.version >= (1, 1):
+            self.response = web.Response(headers=headers)  # its head waits for the first bytes
+            self.response.enable_chunked_encoding()
+        else:
+            self.response = web.StreamResponse(headers=headers)
             self.response.force_close()  # HTTP/1.0: only that ends a body
-        await self.response.prepare(self.request)
-        return self.response
+        self.writer = await self.response.prepare(self.request)
+        return self.writer
 
     async def write(self, data: bytes) -> None:
         """Waits while the client is slow; meanwhile `pass_on` reads no more: back-pressure."""
-        response = self.response or await self.open()
+        writer = self.writer or await self.open()
         self.written += len(data)
         if len(data) < 2**15 and not self.transport.get_write_buffer_size():
-            await response.write(data)  # below asyncio's mark of 64 KB: it never waits
+            await writer.write(data)  # below asyncio's mark of 64 KB: it never waits
         else:  # `stop` may cancel us, but not this wait, in which `end` then joins
-            await asyncio.shield(response.write(data))
+            await asyncio.shield(writer.write(data))
 
-    async def end(self, last: bytes) -> web.StreamResponse:
-        """The last bytes. Returns when the kernel has taken them all (TLS may still hold some), so
-        that the limits, the gauge and the drain know of the stream until then."""
+    async def end(self, last: bytes) -> Any:
+        """The last bytes. Returns when the kernel has them all: until then the stream runs."""
+        writer = self.writer or await self.open()
         self.written += len(last)
-        response = self.response or await self.open()
         self.transport.set_write_buffer_limits(0)  # write_eof() waits until it holds no more
-        await response.write_eof(last)
+        await writer.write_eof(last)
         self.transport.set_write_buffer_limits()
         self.ended = True
-        return response
+        return self.response
 
     def stop(self, failure: Failure) -> None:
         """Ends `chat`, if it goes on, as a closed tab does, but with something to tell."""
@@ -266,7 +269,7 @@ class Stream:
             self.task.cancel()
 
 
-async def chat(server: Chatstream, stream: Stream) -> web.StreamResponse:
+async def chat(server: Chatstream, stream: Stream) -> Any:
     """Check the request; ask the upstream; relay what it says; let it go, come what may. Raises
     Failure; at any `await` CancelledError: aiohttp cancels its handler when it loses the client,
     and `Stream.stop` does so, too. `closing`, or before that aiohttp, then aborts the upstream."""
@@ -321,8 +324,7 @@ def clock(stream: Stream, settings: Settings) -> Iterator[bool]:
         elif now - taken_at >= settings.write_seconds:  # since it started: for the whole body
             stream.stop(Failure("request_timeout"))
         # 2. How long has no event come from the upstream, though it is its turn?
-        is_refusal = stream.answer and not stream.answer.ok  # 2 s at most; must not become a 200
-        is_excused = unsent or is_refusal or not stream.active
+        is_excused = unsent or not stream.active
         if stream.relay.heard > heard or is_excused:
             heard, heard_at = stream.relay.heard, now
         if now - heard_at >= settings.idle_seconds:
@@ -365,8 +367,7 @@ async def handle(server: Chatstream, request: web.BaseRequest) -> web.StreamResp
 
 
 async def tell(server: Chatstream, stream: Stream, failure: Failure) -> web.StreamResponse:
-    """The one place where a failure becomes an answer: by a status while there is one to
-    choose, else by a last event, after which there is no [DONE]."""
+    """Here alone a failure becomes an answer: a status if there is one to choose, or an event."""
     stream.failure = failure
     body = failure.body(stream.id, server.secrets)
     if not stream.response:
@@ -439,7 +440,7 @@ def reported(body: bytes, code: str, **departs: Any) -> Failure:
     told: Any = None
     error: dict[str, Any] = {}
     with suppress(ValueError, RecursionError):
-        told = JSON.decode(body.decode())
+        told = decode_json(body)
     match told[0] if isinstance(told, list) and told else told:
         case {"error": dict() as error} | ({"message": _} as error):  # OpenAI; vLLM
             pass
@@ -458,16 +459,15 @@ def reported(body: bytes, code: str, **departs: Any) -> Failure:
 # What we do not know passes, so that parameters that upstreams add next year work.
 
 # JSON as RFC 8259 has it: for NaN and Infinity, which Python would read, int() raises ValueError.
-# So do bad UTF-8 and integers above 4,300 digits; deep nesting raises RecursionError.
 JSON = json.JSONDecoder(parse_constant=int)
 encode_json = json.JSONEncoder(allow_nan=False).encode
 
 
-def parse_object(data: bytes) -> dict[str, Any]:
-    """What an upstream says. Raises ValueError, RecursionError."""
+def decode_json(data: bytes) -> Any:
+    """Raises ValueError, also for bad UTF-8 or 4,301 digits in a row; RecursionError if deep."""
     text = data.strip(b" \t\r\n").decode()
     value, end = JSON.raw_decode(text)  # decode() costs a third more
-    if not isinstance(value, dict) or end < len(text):
+    if end < len(text):
         raise ValueError
     return value
 
@@ -476,7 +476,7 @@ def check_chat(data: bytes, allowed: tuple[str, ...]) -> bytes:
     """The body to send on for the body received: encoded anew from what was checked, so that
     a repeated key cannot slip a model past the check. Raises Failure."""
     try:
-        asked = JSON.decode(data.decode())
+        asked = decode_json(data)
         if not isinstance(asked, dict):
             raise Failure("invalid_request")
         if asked.get("stream") not in (None, True):
@@ -514,13 +514,12 @@ async def read_whole(content: aiohttp.StreamReader, limit: int) -> bytes:
 
 async def read_body(stream: Stream, limit: int) -> bytes:
     """The request's body. Raises Failure; how long it may take, the clock knows."""
-    request = stream.request
-    if (request.content_length or 0) > limit:
+    if (stream.request.content_length or 0) > limit:
         raise Failure("body_too_large")
-    if request.headers.get("Expect", "").lower() == "100-continue":
+    if stream.request.headers.get("Expect", "").lower() == "100-continue":
         stream.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")  # aiohttp's server does not
     try:
-        body = await read_whole(request.content, limit)
+        body = await read_whole(stream.request.content, limit)
     except (web.RequestPayloadError, aiohttp.http_exceptions.HttpProcessingError):
         raise Failure("invalid_request", "The request body's encoding is broken.") from None
     if len(body) > limit:
@@ -577,7 +576,7 @@ async def ask(server: Chatstream, stream: Stream, path: str, body: bytes = b"") 
     """The answer, if it is a good one; close it, come what may. Raises Failure."""
     method, url, headers = "POST" if body else "GET", server.upstream, {"X-Request-Id": stream.id}
     try:  # no redirects: the key would travel along
-        answer = stream.answer = await server.session.request(
+        answer = await server.session.request(
             method, url + path, data=body or None, headers=headers, allow_redirects=False
         )
     except BROKEN as error:
@@ -591,6 +590,7 @@ async def ask(server: Chatstream, stream: Stream, path: str, body: bytes = b"") 
         raise Failure(code, cause=f"{type(error).__name__}: {error}") from None
     if 200 <= answer.status < 300 and answer.content_type != "text/html":
         return answer
+    stream.clock = None  # a heartbeat would make it a 200
     with closing(answer):
         raise await refusal(answer)
 
@@ -868,7 +868,7 @@ class Chatstream:
             for stream in list(self.streams):
                 if stream.clock and next(stream.clock):
                     with suppress(ConnectionError):
-                        await stream.write(HEARTBEAT)
+                        await stream.write(b": keep-alive\n\n")
 
     def settle(self, stream: Stream) -> None:
         """A request has ended: counts it, in one outcome, and writes its line in the log."""
@@ -924,7 +924,7 @@ class Chatstream:
             try:
                 async with asyncio.timeout(self.settings.connect_seconds):
                     with closing(await ask(self, stream, "/models")) as answer:
-                        listed = parse_object(await read_whole(answer.content, 2**22))
+                        listed = decode_json(await read_whole(answer.content, 2**22))
                 names += [each["id"] for each in listed["data"] if each["id"] not in names]
             except TimeoutError:
                 raise Failure("upstream_timeout") from None
@@ -987,7 +987,7 @@ OPENAI_BASE_URL=http://localhost:11434/v1 OPENAI_MODEL=llama3.2 python chatstrea
 
 async def demo_upstream(settings: Settings, request: web.BaseRequest) -> web.StreamResponse:
     """Answers at the pace of a model, and fails as models do."""
-    body = parse_object(await request.content.read())
+    body = decode_json(await request.content.read())
     model, asked = body["model"], str(body["messages"][-1].get("content"))[:2000]
     if model == "demo-rate-limit":
         error = {"message": "The demo takes no request just now.", "code": "rate_limit_exceeded"}
