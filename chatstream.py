@@ -109,7 +109,6 @@ class EventParser:
 # ---- The relay's rules -------------------------------------------------------------------
 # Out go chunks (JSON with `choices`), then [DONE] or one error; more breaks clients. No I/O here.
 
-DONE = b"data: [DONE]\n\n"
 NO_JSON = "no JSON object"  # a cause; `close` asks for it
 
 # To parse costs most. `check` spares it where all around a chunk's text is, byte for byte, as in
@@ -193,7 +192,7 @@ class Relay:
         if cut or half or (self.events and not self.finished):
             self.failure = Failure("stream_truncated")
         elif self.events:  # whole, though nobody said [DONE]: we do
-            self.done, out = True, out + DONE
+            self.done, out = True, out + b"data: [DONE]\n\n"
         else:  # what came, if anything did, was never a chunk
             came = self.parser.stray or self.heard
             self.failure = Failure("upstream_invalid" if came else "empty_stream")
@@ -1008,7 +1007,7 @@ async def demo_upstream(settings: Settings, request: web.BaseRequest) -> web.Str
         error = {"message": "The demo model ran out of memory.", "code": "out_of_memory"}
         await response.write(b"data: %b\n\n" % encode_json({"error": error}).encode())
     elif model != "demo-cut-off":
-        await response.write(DONE)
+        await response.write(b"data: [DONE]\n\n")
     return response
 
 
@@ -1036,8 +1035,9 @@ class Output(io.TextIOBase):
 
 
 def log(line: str) -> None:  # `logging` would cost a twelfth of all that a short stream does
+    if not getattr(sys.stderr, "text", ""):  # one write for all lines of 50 ms
+        asyncio.get_running_loop().call_later(0.05, sys.stderr.flush)
     sys.stderr.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
-    asyncio.get_running_loop().call_soon(sys.stderr.flush)  # once for all that end together
 
 
 class Quiet:

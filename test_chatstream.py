@@ -421,8 +421,8 @@ GOOD_STREAMS = {  # name: what the upstream sends, and what goes out if it is no
     "an event without data": [b"event: ping\n\ndata:\n\ndata\n\n" + GOOD],
     "payloads that are no chunk": [framed(b"{}", b'{"type":"ping"}') + GOOD],
     "several data lines": [
-        b'data: {"choices":\r\ndata: [{}]}\r\n\r\n' * 2 + TAIL,
-        framed(b'{"choices": [{}]}') * 2 + TAIL],
+        b'data: {"choices":\r\ndata: [{"content":""}]}\r\n\r\n' * 2 + TAIL,
+        framed(b'{"choices": [{"content":""}]}') * 2 + TAIL],
     "white space around": [framed(b" %b\t" % STOP, b" [DONE] "), framed(b" %b\t" % STOP) + DONE],
     "finish_reason, then the end": [GOOD.removesuffix(DONE)],
     "[DONE] without its newline": [GOOD[:-2]],
