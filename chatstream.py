@@ -12,8 +12,8 @@ The way of one token, from the upstream (any OpenAI-compatible model server) to 
         ^               lines, any split        what may go out              │
         └───────── abort: the client left, the time is up, we shut down ─────┘
 
-Read it from the top: bytes become events, events what may go out, `chat` is a stream's life in
-four steps, `handle` tells how it ended. The rest is what a server adds.
+Read it from the top: bytes become events, events become what may go out, `chat` is a stream's
+life, `handle` its end. The rest is what a server adds; a name from there says what it does.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from aiohttp import web
 # ---- Server-sent events ------------------------------------------------------------------
 # Bytes in, events out. Needs dataclass, field and Iterator, no more: copy it where you like.
 
-BOM = b"\xef\xbb\xbf"  # byte order mark, in UTF-8
+BOM = b"\xef\xbb\xbf"  # byte order mark, in UTF-8: may open the stream, and no field's name
 
 
 @dataclass(slots=True)
@@ -67,8 +67,8 @@ class EventParser:
     stray: bool = False  # a line of no known field came: is this an event stream at all?
 
     def feed(self, piece: bytes) -> Iterator[tuple[bytes, bytes]]:
-        """The events that this piece completes: name (b"" unless an `event:` line gave one) and
-        data. Raises OverflowError for a longer one than the limit, after the good ones."""
+        """Yields the events that this piece completes: name (b"" unless an `event:` line gave one)
+        and data. Raises OverflowError for a longer one than the limit, after the good ones."""
         for line in self.lines(piece):
             if not line:  # a blank line ends the event
                 name, data = self.name, bytes(self.data)[:-1]
@@ -107,13 +107,13 @@ class EventParser:
 
 
 # ---- The relay's rules -------------------------------------------------------------------
-# Out go chunks (JSON with `choices`), then [DONE] or one error; more breaks clients. No I/O here.
+# Chunks (JSON with `choices`), heartbeats, then [DONE] or one error go out: more breaks clients.
 
 NO_JSON = "no JSON object"  # a cause; `close` asks for it
 
-# To parse costs most. `check` spares it where all around a chunk's text is, byte for byte, as in
-# one that was good, and the text is plain (no quote, backslash, control or non-ASCII byte: nothing
-# that could end the string or be bad): then this is good JSON, too, with the same keys.
+# Parsing costs most. `check` spares it a chunk that differs from a good one in its text alone, if
+# that is plain (no quote, backslash, control or non-ASCII byte: it can neither end its string nor
+# be malformed). Such a chunk is good JSON, too, with the same keys.
 TEXT = re.compile(rb'"content": ?"[^"\\\x00-\x1f\x80-\xff]*"')
 
 
@@ -185,8 +185,8 @@ class Relay:
     def close(self, cut: bool = False) -> bytes:
         """What goes out now that the bytes have ended: in good order, or `cut` off. Here alone
         it is judged whether that was the end of an answer."""
-        out = b"" if cut else self.feed(b"\n\n")  # the last event may lack its blank line
-        half = self.failure and self.failure.cause == NO_JSON  # a payload cut in two
+        out = b"" if cut else self.feed(b"\n\n")  # the last event may lack both line ends
+        half = self.failure and self.failure.cause == NO_JSON  # cut in two, it seems
         if self.done or (self.failure and not half):
             return out  # that last event has said it all
         if cut or half or (self.events and not self.finished):
@@ -221,20 +221,20 @@ class Stream:
     id: str
     started: float = field(default_factory=time.monotonic)
     task: Any = field(default_factory=asyncio.current_task)  # its handler's, which makes this
-    clock: Iterator[bool] | None = None  # see `clock`; None: it is no chat
+    clock: Iterator[bool] | None = None  # see `clock`; None: nothing is limited
     active: bool = False  # the request's body is here
     response: web.StreamResponse | None = None  # ours, once its status is 200
     writer: Any = None  # of its body
     written: int = 0  # bytes
     first_event: float = 0.0  # seconds until it came; 0: not yet
-    ended: bool = False  # the kernel has taken the last bytes: completed
+    ended: bool = False  # the kernel has taken the last bytes
     failure: Failure | None = None  # why there is no whole answer
 
     async def open(self) -> Any:
         """The point of no return: from here on the status is 200."""
         headers = [*KEPT_HEADERS, ("X-Request-Id", self.id)]
         if self.request.version >= (1, 1):
-            self.response = web.Response(headers=headers)  # its head waits for the first bytes
+            self.response = web.Response(headers=headers)  # sends its head with the first bytes
             self.response.enable_chunked_encoding()
         else:
             self.response = web.StreamResponse(headers=headers)
@@ -248,7 +248,7 @@ class Stream:
         self.written += len(data)
         if len(data) < 2**15 and not self.transport.get_write_buffer_size():
             await writer.write(data)  # below asyncio's mark of 64 KB: it never waits
-        else:  # `stop` may cancel us, but not this wait, in which `end` then joins
+        else:  # `stop` may cancel us, but not this write; `end` then waits for it, too
             await asyncio.shield(writer.write(data))
 
     async def end(self, last: bytes) -> Any:
@@ -259,19 +259,19 @@ class Stream:
         await writer.write_eof(last)
         self.transport.set_write_buffer_limits()
         self.ended = True
-        return self.response
+        return self.response  # aiohttp wants it, and finds it ended
 
     def stop(self, failure: Failure) -> None:
-        """Ends `chat`, if it goes on, as a closed tab does, but with something to tell."""
+        """Ends its handler, if that goes on, as a closed tab does, but with something to tell."""
         if not self.failure and not self.relay.done:
             self.failure = failure
             self.task.cancel()
 
 
 async def chat(server: Chatstream, stream: Stream) -> Any:
-    """Check the request; ask the upstream; relay what it says; let it go, come what may. Raises
-    Failure; at any `await` CancelledError: aiohttp cancels its handler when it loses the client,
-    and `Stream.stop` does so, too. `closing`, or before that aiohttp, then aborts the upstream."""
+    """Check the request; ask the upstream; relay what it says, and always let it go; end. Raises
+    Failure; at any `await` CancelledError: from aiohttp when it loses the client, else from
+    `Stream.stop`. The upstream is then aborted: by aiohttp while we ask, later by `closing`."""
     settings = server.settings
     if len(server.streams) >= server.max_streams:
         raise Failure("too_many_streams")
@@ -289,7 +289,7 @@ async def chat(server: Chatstream, stream: Stream) -> Any:
 
 async def pass_on(stream: Stream, answer: aiohttp.ClientResponse) -> bytes:
     """Relays each event the moment its last byte is in; returns the last bytes. Raises Failure.
-    The status waits for the first event or heartbeat: what fails before gets an honest one."""
+    The status waits for one, or a heartbeat of `watch`: what fails before gets an honest one."""
     relay, read = stream.relay, answer.content.readany
     if answer.content_type == "application/json":  # an answer in one piece
         read = partial(read_as_event, answer.content, relay.parser.limit)
@@ -315,7 +315,7 @@ def clock(stream: Stream, settings: Settings) -> Iterator[bool]:
     taken_at = heard_at = told_at = stream.started
     while True:
         now, unsent = time.monotonic(), stream.transport.get_write_buffer_size()
-        # 1. How long has the client taken nothing of what waits for it, or owed us its body?
+        # 1. How long has the client taken nothing, though bytes wait, or owed us its body?
         if stream.active and (stream.written - unsent > taken or not unsent):
             taken, taken_at = stream.written - unsent, now
         if now - taken_at >= settings.write_seconds and stream.active:
@@ -323,13 +323,13 @@ def clock(stream: Stream, settings: Settings) -> Iterator[bool]:
         elif now - taken_at >= settings.write_seconds:  # since it started: for the whole body
             stream.stop(Failure("request_timeout"))
         # 2. How long has no event come from the upstream, though it is its turn?
-        is_excused = unsent or not stream.active
-        if stream.relay.heard > heard or is_excused:
+        not_its_turn = unsent or not stream.active
+        if stream.relay.heard > heard or not_its_turn:
             heard, heard_at = stream.relay.heard, now
         if now - heard_at >= settings.idle_seconds:
             stream.stop(Failure("upstream_timeout", cause="no event in CHATSTREAM_IDLE_SECONDS"))
         # 3. How long has the client been told nothing, though there is more to come?
-        if stream.relay.events > told or is_excused or stream.relay.done or stream.failure:
+        if stream.relay.events > told or not_its_turn or stream.relay.done or stream.failure:
             told, told_at = stream.relay.events, now
         is_due = now - told_at >= settings.heartbeat_seconds
         told_at = now if is_due else told_at
@@ -337,7 +337,7 @@ def clock(stream: Stream, settings: Settings) -> Iterator[bool]:
 
 
 async def handle(server: Chatstream, request: web.BaseRequest) -> web.StreamResponse:
-    """One request, from its head to its line in the log."""
+    """One request, from its head to its end, whatever that is."""
     sent = re.fullmatch(r"[\w.-]{1,128}", request.headers.get("X-Request-Id", ""), re.ASCII)
     request_id = sent[0] if sent else os.urandom(12).hex()
     relay = Relay(EventParser(server.settings.max_event_bytes))
@@ -413,7 +413,7 @@ TYPES |= {502: "upstream_error", 503: "server_error", 504: "upstream_error"}
 
 class Failure(Exception):
     """Why a request has no whole answer: a code of ERRORS, and what departs from its row
-    (status, outcome, type, code, param, headers). `cause` is for the log alone."""
+    (status, outcome, type, code, param, headers). `cause` is for the log."""
 
     def __init__(self, code: str, message: str = "", /, cause: str = "", **departs: Any) -> None:
         super().__init__(f"{code} {cause}".strip())
@@ -589,7 +589,7 @@ async def ask(server: Chatstream, stream: Stream, path: str, body: bytes = b"") 
         raise Failure(code, cause=f"{type(error).__name__}: {error}") from None
     if 200 <= answer.status < 300 and answer.content_type != "text/html":
         return answer
-    stream.clock = None  # a heartbeat would make it a 200
+    stream.clock = None  # from now on no heartbeat can make it a 200
     with closing(answer):
         raise await refusal(answer)
 
@@ -960,7 +960,7 @@ class Chatstream:
 
 
 CHAT_PATHS = ("/stream", "/v1/chat/completions")
-ROUTES: dict[str, tuple[str, Callable[..., Any]]] = {
+ROUTES: dict[str, tuple[str, Callable[..., Any]]] = {  # `route` says which are guarded
     **dict.fromkeys(CHAT_PATHS, ("POST", chat)),
     "/": ("GET", Chatstream.page),
     "/v1/models": ("GET", Chatstream.models),
