@@ -248,7 +248,7 @@ class Stream:
         self.written += len(data)
         if len(data) < 2**15 and not self.transport.get_write_buffer_size():
             await writer.write(data)  # below asyncio's mark of 64 KB: it never waits
-        else:  # `stop` may cancel us, but not this write; `end` then waits for it, too
+        else:  # `stop` may cancel us, but not aiohttp's wait, or it would cancel the one in `end`
             await asyncio.shield(writer.write(data))
 
     async def end(self, last: bytes) -> Any:
