@@ -90,12 +90,11 @@ class EventParser:
 
     def lines(self, piece: bytes) -> list[bytes]:
         """The lines that this piece completes; keeps the rest for the next one."""
-        if self.after_cr or b"\r" in piece:  # a line may end in CR, or in CR and LF, too
-            text = piece.removeprefix(b"\n") if self.after_cr else piece
-            self.after_cr = piece.endswith(b"\r") if piece else self.after_cr
-            piece = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        # Of bytes: no character is cut, and U+2028, which would end a line of str, is text.
-        *lines, rest = piece.split(b"\n")
+        text = piece.removeprefix(b"\n") if self.after_cr else piece
+        self.after_cr = piece.endswith(b"\r") if piece else self.after_cr
+        # Of bytes: LF, CR or both end a line; no character is cut, and U+2028 is text.
+        *lines, rest = (text + b".").splitlines()  # with the dot, there is always a rest
+        rest = rest[:-1]
         if lines and self.begun:
             lines[0] = bytes(self.begun) + lines[0]
             self.begun.clear()
@@ -208,7 +207,7 @@ STREAM_HEADERS = COMMON_HEADERS | {
     "X-Accel-Buffering": "no",  # else nginx holds the whole answer back
 }
 # aiohttp keeps names as objects of its own: made once here, not 1 KB of them for each stream.
-KEPT_HEADERS = list(web.StreamResponse(headers=STREAM_HEADERS).headers.items())
+KEPT_HEADERS = web.StreamResponse(headers=STREAM_HEADERS).headers
 
 
 @dataclass(eq=False, slots=True)
@@ -232,13 +231,13 @@ class Stream:
 
     async def open(self) -> Any:
         """The point of no return: from here on the status is 200."""
-        headers = [*KEPT_HEADERS, ("X-Request-Id", self.id)]
         if self.request.version >= (1, 1):
-            self.response = web.Response(headers=headers)  # sends its head with the first bytes
+            self.response = web.Response(headers=KEPT_HEADERS)  # its head goes with the first bytes
             self.response.enable_chunked_encoding()
         else:
-            self.response = web.StreamResponse(headers=headers)
+            self.response = web.StreamResponse(headers=KEPT_HEADERS)
             self.response.force_close()  # HTTP/1.0: only that ends a body
+        self.response.headers["X-Request-Id"] = self.id
         self.writer = await self.response.prepare(self.request)
         return self.writer
 
@@ -537,9 +536,10 @@ class UpstreamAnswer(aiohttp.ClientResponse):
     """One that is let go at once, its head here or not: tokens cost money, and goodbyes time."""
 
     def close(self) -> None:
-        if self.connection and self.connection.transport:  # else it has been read to the end
-            self.connection.transport.abort()
-        super().close()
+        if self.connection:  # else it has been read to the end
+            if self.connection.transport:
+                self.connection.transport.abort()
+            super().close()
 
 
 def environment_proxy(url: str) -> str | None:
@@ -561,7 +561,7 @@ def open_session(settings: Settings, url: str) -> aiohttp.ClientSession:
         headers["Authorization"] = f"Bearer {settings.api_key}"
     return aiohttp.ClientSession(
         proxy=environment_proxy(url),
-        headers=web.StreamResponse(headers=headers).headers.items(),  # as in KEPT_HEADERS
+        headers=web.StreamResponse(headers=headers).headers,  # as in KEPT_HEADERS
         # Else the 101st stream waits; and many servers close after 5 s, when a POST may be lost.
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=4),
         timeout=aiohttp.ClientTimeout(total=None, connect=settings.connect_seconds),
@@ -1019,15 +1019,16 @@ class Output(io.TextIOBase):
     would stop us, and O_NONBLOCK, which would help, is in common with others at the terminal."""
 
     def __init__(self, stream: TextIO) -> None:
-        self.stream, self.text, self.poll = stream, "", select.poll()
+        self.stream, self.text, self.poll = stream, list[str](), select.poll()
         self.poll.register(stream, select.POLLOUT)
 
     def write(self, text: str) -> int:
-        self.text += text
+        self.text.append(text)
         return len(text)
 
     def flush(self) -> None:
-        data, self.text = self.text.encode(self.stream.encoding, "backslashreplace"), ""
+        data = "".join(self.text).encode(self.stream.encoding, "backslashreplace")
+        self.text.clear()
         with suppress(OSError):
             for start in range(0, len(data), select.PIPE_BUF):  # so much fits in without a wait
                 if self.poll.poll(0):
@@ -1041,8 +1042,7 @@ def log(line: str) -> None:  # `logging` would cost a twelfth of all that a shor
 
 
 class Quiet:
-    """A filter for the logs of aiohttp and asyncio. Malformed HTTP is answered, and no reason
-    for a traceback. That no file is left for a connection is told at most once a second."""
+    """A log filter: no traceback for malformed HTTP; a lack of files is told once a second."""
 
     told_at = 0
 
