@@ -207,7 +207,7 @@ STREAM_HEADERS = COMMON_HEADERS | {
     "X-Accel-Buffering": "no",  # else nginx holds the whole answer back
 }
 # aiohttp keeps names as objects of its own: made once here, not 1 KB of them for each stream.
-KEPT_HEADERS = web.StreamResponse(headers=STREAM_HEADERS).headers
+KEPT_HEADERS = list(web.StreamResponse(headers=STREAM_HEADERS).headers.items())
 
 
 @dataclass(eq=False, slots=True)
@@ -231,13 +231,13 @@ class Stream:
 
     async def open(self) -> Any:
         """The point of no return: from here on the status is 200."""
+        headers = [*KEPT_HEADERS, ("X-Request-Id", self.id)]
         if self.request.version >= (1, 1):
-            self.response = web.Response(headers=KEPT_HEADERS)  # its head goes with the first bytes
+            self.response = web.Response(headers=headers)  # its head goes with the first bytes
             self.response.enable_chunked_encoding()
         else:
-            self.response = web.StreamResponse(headers=KEPT_HEADERS)
+            self.response = web.StreamResponse(headers=headers)
             self.response.force_close()  # HTTP/1.0: only that ends a body
-        self.response.headers["X-Request-Id"] = self.id
         self.writer = await self.response.prepare(self.request)
         return self.writer
 
@@ -561,7 +561,7 @@ def open_session(settings: Settings, url: str) -> aiohttp.ClientSession:
         headers["Authorization"] = f"Bearer {settings.api_key}"
     return aiohttp.ClientSession(
         proxy=environment_proxy(url),
-        headers=web.StreamResponse(headers=headers).headers,  # as in KEPT_HEADERS
+        headers=web.StreamResponse(headers=headers).headers.items(),  # as in KEPT_HEADERS
         # Else the 101st stream waits; and many servers close after 5 s, when a POST may be lost.
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=4),
         timeout=aiohttp.ClientTimeout(total=None, connect=settings.connect_seconds),
