@@ -94,14 +94,12 @@ class EventParser:
         self.after_cr = piece.endswith(b"\r") if piece else self.after_cr
         # Of bytes: LF, CR or both end a line; no character is cut, and U+2028 is text.
         *lines, rest = (text + b".").splitlines()  # with the dot, there is always a rest
-        rest = rest[:-1]
         if lines and self.begun:
             lines[0] = bytes(self.begun) + lines[0]
             self.begun.clear()
-        if rest:
-            self.begun += rest
-            if self.begun.startswith(b":"):  # a comment of any length: drop it as it comes
-                del self.begun[1:]
+        self.begun += rest[:-1]
+        if self.begun.startswith(b":"):  # a comment of any length: drop it as it comes
+            del self.begun[1:]
         return lines
 
 
@@ -251,7 +249,8 @@ class Stream:
             await asyncio.shield(writer.write(data))
 
     async def end(self, last: bytes) -> Any:
-        """The last bytes. Returns when the kernel has them all: until then the stream runs."""
+        """The last bytes. Returns when the kernel has taken them all (TLS may still hold some):
+        until then the stream counts as running."""
         writer = self.writer or await self.open()
         self.written += len(last)
         self.transport.set_write_buffer_limits(0)  # write_eof() waits until it holds no more
@@ -462,7 +461,7 @@ encode_json = json.JSONEncoder(allow_nan=False).encode
 
 
 def decode_json(data: bytes) -> Any:
-    """Raises ValueError, also for bad UTF-8 or 4,301 digits in a row; RecursionError if deep."""
+    """Raises ValueError, also for bad UTF-8, an integer of 4,301 digits; RecursionError if deep."""
     text = data.strip(b" \t\r\n").decode()
     value, end = JSON.raw_decode(text)  # decode() costs a third more
     if end < len(text):
@@ -1042,7 +1041,7 @@ def log(line: str) -> None:  # `logging` would cost a twelfth of all that a shor
 
 
 class Quiet:
-    """A log filter: no traceback for malformed HTTP; a lack of files is told once a second."""
+    """A log filter: no traceback for malformed HTTP; a lack of files at most once a second."""
 
     told_at = 0
 
@@ -1060,6 +1059,7 @@ async def serve(settings: Settings) -> None:
 
     def on_signal(*_: object) -> None:
         if stopping.is_set():
+            sys.stderr.flush()  # `log` may have left some lines
             os._exit(1)
         loop.call_soon_threadsafe(stopping.set)
 

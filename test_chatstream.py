@@ -741,8 +741,7 @@ class Asking(Case):
         self.assertFalse({"authorization", "cookie"} & set(up.calls[1].headers))
 
     async def test_any_model(self) -> None:
-        """With `*` any model may be asked for, and the list is the upstream's; without a name
-        before it there is no default."""
+        """With `*` any model may be asked for, the upstream has the list, and `*` is no default."""
         models = fails(200, b'{"data":[{"id":"a","x":1},{"id":"m"}]}')
         async with upstream(models) as up, serving(up, model=("m", "*"), api_key="k") as url:
             await self.ask(url, HELLO | {"model": "any"})
@@ -1273,9 +1272,8 @@ class Start(Case):
 
 class Drain(Case):
     async def test_idle(self) -> None:
-        """With no stream running, SIGTERM and SIGINT end it at once, with status 0, also with a
-        keep-alive connection and a half-sent body, which gets its 503; also on a loop without
-        signal handlers, as Windows has it."""
+        """With no stream running, SIGTERM and SIGINT end it at once, with status 0, an idle
+        connection or not; a half-sent body gets its 503. So on a loop without signal handlers."""
         refuse = AS_A_PROGRAM.format("asyncio.SelectorEventLoop.add_signal_handler = None")
         for number, *command in ((signal.SIGTERM, "chatstream.py"), (signal.SIGINT, "-c", refuse)):
             async with running(command, {"OPENAI_BASE_URL": NOWHERE}) as run:
@@ -1302,7 +1300,7 @@ class Drain(Case):
             if call.request_line.startswith("POST"):
                 return await stalls(call, until=go)
             await go.wait()
-            await asyncio.sleep(0 if redirect else 1)  # longer than aiohttp would wait by itself
+            await asyncio.sleep(0 if to else 1)  # longer than aiohttp would wait by itself
             return await fails(200, b'{"data":[{"id":"a"}]}')(call)
 
         # Not in development mode, where asyncio tells of a connection that comes while it closes.
@@ -1313,14 +1311,13 @@ class Drain(Case):
         pipes = {"stdout": stdout, "stderr": stderr}
         for each in (asleep, *pipes.values()):
             self.addCleanup(os.close, each)
-        for redirect in ("", ">/dev/full 2>/dev/full", ">&- 2>&-", "2>&-", None):
-            go, how = asyncio.Event(), {} if redirect is not None else pipes
+        for to in ("", ">/dev/full 2>/dev/full", ">&- 2>&-", "2>&-", None):
+            go, how = asyncio.Event(), {} if to is not None else pipes
             with socket.create_server(("127.0.0.1", 0)) as free:
                 env["CHATSTREAM_PORT"] = str(free.getsockname()[1])
             async with upstream(reply) as up:
                 env["OPENAI_BASE_URL"] = up.url
-                shell = f'exec "$@" {redirect or ""}'
-                async with running(["chatstream.py"], env, shell, **how) as run:
+                async with running(["chatstream.py"], env, f'exec "$@" {to or ""}', **how) as run:
                     await self.eventually(lambda: self.is_open(run.url))
                     listing = asyncio.ensure_future(self.get(run.url + "/v1/models"))
                     async with self.post(run.url) as response:
@@ -1378,12 +1375,15 @@ class Drain(Case):
                 self.assertIn(b"upstream_timeout", await response.read())
 
     async def test_second_signal(self) -> None:
-        """A second signal ends it at once, with status 1."""
+        """A second signal ends it at once, with status 1; who left just before is in the log."""
         async with upstream(stalls) as up, program(OPENAI_BASE_URL=up.url) as run:
-            async with self.post(run.url):
+            async with self.post(run.url) as left, self.post(run.url):
                 run.process.send_signal(signal.SIGINT)
                 await run.process.stdout.readuntil(b"draining")
+                left.close()
+                await up.calls[0].gone.wait()
                 self.assertEqual(await run.end(signal.SIGINT), 1)
+        self.assertEqual(run.err.count("outcome=client_gone"), 1)
 
 
 # ---- A browser ---------------------------------------------------------------------------
