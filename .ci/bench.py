@@ -341,7 +341,8 @@ def measure_growth(pid: int, url: str) -> int:
 
 
 def median(results: list[Result], field: str) -> float:
-    return statistics.median(getattr(result, field) for result in results)
+    values: list[float] = [getattr(result, field) for result in results]
+    return statistics.median(values)
 
 
 # ---- Printing --------------------------------------------------------------------------------

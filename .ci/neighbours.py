@@ -38,8 +38,7 @@ from langchain_openai import ChatOpenAI
 from openai.types import Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from test_chatstream import (
     DONE,
@@ -62,6 +61,7 @@ from test_chatstream import (
     text,
 )
 
+ROOT = Path(__file__).resolve().parent.parent
 MESSAGES: Any = HELLO["messages"]
 OVERLOADED = {"error": {"message": "Overloaded", "type": "overloaded_error", "code": "busy"}}
 SLOW_DOWN = {"error": {"message": "Slow down", "type": "tokens", "code": "rate_limit_exceeded"}}

@@ -1,5 +1,7 @@
-"""A rolling restart, as Kubernetes does it. Three processes behind a balancer are replaced one after
-the other while they stream, and every stream ends whole.
+"""A rolling restart, as Kubernetes does it.
+
+Three processes behind a balancer are replaced one after the other while they stream, and every
+stream ends whole.
 
     python .ci/rollout.py
 """
