@@ -988,9 +988,11 @@ def has_error(document: object) -> bool:
     if document.get("error") or document.get("object") == "error":
         return True
     choices = document.get("choices")
-    if not isinstance(choices, list):
-        return False
-    return any(isinstance(choice, dict) and choice.get("error") for choice in choices)
+    if isinstance(choices, list):
+        for choice in choices:
+            if isinstance(choice, dict) and choice.get("error"):
+                return True
+    return False
 
 
 def error_in_stream(data: bytes) -> Failure:
@@ -1356,10 +1358,15 @@ def count_and_log(exchange: Exchange) -> None:
             metrics.duration.observe(total_seconds)
     if is_chat or (failure and failure.cause):
         status = exchange.response.status if exchange.response else "-"
-        cause = ""
-        if failure:
-            upstream = f"upstream HTTP {exchange.upstream_status}: "
-            cause = f"{failure.code}: {request.path}: {upstream}{failure.cause}"
+        upstream = (
+            f"upstream HTTP {exchange.upstream_status}"
+            if exchange.upstream_status
+            else ""
+        )
+        causes = (
+            [failure.code, request.path, upstream, failure.cause] if failure else []
+        )
+        cause = ": ".join(filter(None, causes))
         logger.info(
             f"id={exchange.id} outcome={outcome} status={status} events={events} "
             f"first={first_seconds:.3f}s total={total_seconds:.3f}s "
