@@ -25,6 +25,7 @@ import ssl
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -35,7 +36,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from chatstream import Chatstream, read_settings
+from chatstream import Chatstream, EventParser, Relay, read_settings
 
 HERE = Path(__file__).parent
 # A wait longer than this many seconds means that what we wait for does not happen.
@@ -754,16 +755,514 @@ async def failed_start(*arguments: str, **environment: str) -> Exit:
         return await program.exit()
 
 
-class Harness(ServerCase):
-    async def test_a_stream(self) -> None:
-        async with serving(streams("Hel", "lo")) as server:
-            answer = await self.ask(server.url)
-            self.assertTrue(answer.is_complete)
-            self.assertEqual(answer.text, "Hello")
-            await self.assert_outcomes(server.url, completed=1)
+# ---- The parser: bytes in any pieces become events ---------------------------------------
 
-    async def test_the_program(self) -> None:
-        async with scripted_upstream(streams("Hi")) as upstream:
-            async with running_program(OPENAI_BASE_URL=upstream.url) as program:
-                self.assertEqual((await self.ask(program.url)).text, "Hi")
-                self.assertEqual((await program.stop()).status, 0)
+
+def byte_by_byte(data: bytes) -> list[bytes]:
+    return [data[i : i + 1] for i in range(len(data))]
+
+
+def every_split(data: bytes) -> Iterator[list[bytes]]:
+    """The bytes in one piece, in single bytes, and in two pieces, cut at each place."""
+    yield [data]
+    yield byte_by_byte(data)
+    for cut in range(1, len(data)):
+        yield [data[:cut], data[cut:]]
+
+
+class Parser(unittest.TestCase):
+    """Server-sent events, as the WHATWG HTML standard defines them."""
+
+    def parse(self, *pieces: bytes, limit: int = 1000) -> list[tuple[bytes, bytes]]:
+        """The events, those at the end of the body too."""
+        parser = EventParser(limit)
+        events: list[tuple[bytes, bytes]] = []
+        for piece in pieces:
+            events += parser.feed(piece)
+        return [*events, *parser.close()]
+
+    def test_an_event_has_a_type_and_data(self) -> None:
+        """An `event:` line gives an event its type, a `data:` line its data."""
+        self.assertEqual(self.parse(b"event: greeting\ndata: hi\n\n"), [(b"greeting", b"hi")])
+
+    def test_the_type_ends_with_its_event(self) -> None:
+        """The type belongs to one event; the next has none."""
+        body = b"event: greeting\ndata: a\n\ndata: b\n\n"
+        self.assertEqual(self.parse(body), [(b"greeting", b"a"), (b"", b"b")])
+
+    def test_line_ends(self) -> None:
+        """A line ends in LF, CRLF or CR."""
+        for line_end in (b"\n", b"\r\n", b"\r"):
+            with self.subTest(line_end):
+                body = b"data: a\n\ndata: b\n\n".replace(b"\n", line_end)
+                self.assertEqual(self.parse(body), [(b"", b"a"), (b"", b"b")])
+
+    def test_any_byte_split(self) -> None:
+        """Pieces may be cut anywhere: inside CRLF, and inside a UTF-8 character."""
+        body = "\ufeffevent: x\r\ndata: Grüße 👋\r\n\r\ndata:\r\ndata: b\r\n\r\n".encode()
+        for pieces in every_split(body):
+            expected = [(b"x", "Grüße 👋".encode()), (b"", b"\nb")]
+            self.assertEqual(self.parse(*pieces), expected, pieces)
+
+    def test_empty_pieces(self) -> None:
+        """An empty piece changes nothing, not even between CR and LF."""
+        self.assertEqual(self.parse(b"data: a\r", b"", b"\ndata: b\n\n"), [(b"", b"a\nb")])
+
+    def test_an_event_comes_with_its_last_byte(self) -> None:
+        """An event is there as soon as its blank line has begun, not when the next one comes."""
+        for blank_line in (b"\n\n", b"\r\n\r", b"\r\r"):
+            with self.subTest(blank_line):
+                parser = EventParser(1000)
+                self.assertEqual(list(parser.feed(b"data: a" + blank_line)), [(b"", b"a")])
+
+    def test_byte_order_mark(self) -> None:
+        """A byte order mark may open the stream."""
+        self.assertEqual(self.parse(b"\xef\xbb\xbfdata: a\n\n"), [(b"", b"a")])
+
+    def test_unicode_line_separators_are_text(self) -> None:
+        """U+2028, U+2029 and U+0085 do not end a line."""
+        words = "a\u2028b\u2029c\x85d".encode()
+        self.assertEqual(self.parse(b"data: " + words + b"\n\n"), [(b"", words)])
+
+    def test_the_space_after_the_colon_is_optional(self) -> None:
+        """One space after the colon is dropped if it is there; a second one is data."""
+        body = b"data:a\n\ndata: b\n\ndata:  c\n\n"
+        self.assertEqual(self.parse(body), [(b"", b"a"), (b"", b"b"), (b"", b" c")])
+
+    def test_several_data_lines(self) -> None:
+        """Several `data:` lines are one event, joined by LF."""
+        self.assertEqual(self.parse(b"data: a\ndata: b\n\n"), [(b"", b"a\nb")])
+
+    def test_no_data_no_event(self) -> None:
+        """What has no data is no event."""
+        self.assertEqual(self.parse(b"event: ping\n\ndata:\n\ndata\n\n\n\n"), [])
+
+    def test_comments(self) -> None:
+        """Comments are dropped, however long they are."""
+        body = b": short\n:" + b"x" * 5000 + b"\ndata: a\n\n"
+        self.assertEqual(self.parse(body, limit=100), [(b"", b"a")])
+
+    def test_other_fields(self) -> None:
+        """`id`, `retry` and unknown fields are dropped."""
+        self.assertEqual(self.parse(b"id: 7\nretry: 9\nfoo: x\nfoo\ndata: a\n\n"), [(b"", b"a")])
+
+    def test_the_last_event_may_lack_its_blank_line(self) -> None:
+        """At the end of the body, a last event counts without its blank line or any newline."""
+        for ending in (b"", b"\n", b"\r", b"\r\n"):
+            with self.subTest(ending):
+                self.assertEqual(self.parse(b"data: a" + ending), [(b"", b"a")])
+
+    def test_an_event_may_be_as_long_as_the_limit(self) -> None:
+        """Data of exactly the limit pass."""
+        data = b"x" * 100
+        self.assertEqual(self.parse(b"data: " + data + b"\n\n", limit=100), [(b"", data)])
+
+    def test_too_long_an_event(self) -> None:
+        """One byte more than the limit raises OverflowError, whatever the lines look like."""
+        bodies = {
+            "one line": b"data: " + b"x" * 101 + b"\n\n",
+            "two lines": b"data: " + b"x" * 50 + b"\ndata: " + b"x" * 50 + b"\n\n",
+            "a line without an end": b"data: " + b"x" * 200,
+            "a field name without an end": b"x" * 200,
+            "empty lines of data without an end": b"data:\n" * 200,
+        }
+        for name, body in bodies.items():
+            with self.subTest(name), self.assertRaises(OverflowError):
+                list(EventParser(100).feed(body))
+
+    def test_too_long_an_event_in_pieces(self) -> None:
+        """A line without an end is refused while it grows, not when it ends."""
+        parser = EventParser(100)
+        with self.assertRaises(OverflowError):
+            for piece in [b"data: "] + [b"x"] * 200:
+                list(parser.feed(piece))
+
+    def test_events_before_too_long_a_one(self) -> None:
+        """The events before one that is too long are not lost."""
+        events = []
+        with self.assertRaises(OverflowError):
+            for each in EventParser(100).feed(b"data: a\n\ndata: " + b"x" * 200):
+                events.append(each)
+        self.assertEqual(events, [(b"", b"a")])
+
+    def test_time_grows_with_length(self) -> None:
+        """A long event in small pieces costs time in proportion to its length."""
+
+        def seconds(length: int) -> float:
+            parser = EventParser(length)
+            started = time.process_time()
+            for _ in range(length // 100):
+                list(parser.feed(b"x" * 100))
+            return time.process_time() - started
+
+        short = min(seconds(200_000) for _ in range(3))
+        long = min(seconds(3_200_000) for _ in range(3))
+        self.assertLess(long, 16 * 6 * short)
+
+
+# ---- The relay: what goes out, and what it says of the answer ----------------------------
+
+
+@dataclass
+class Relayed:
+    """What a relay let out, and how the answer ended."""
+
+    out: bytes
+    code: str  # of the failure, or "" for a complete answer
+    message: str
+    status: int
+
+    @property
+    def chunks(self) -> list[Any]:
+        payloads = re.findall(rb"(?m)^data: (.*)", self.out)
+        return [json.loads(payload) for payload in payloads if payload != b"[DONE]"]
+
+    @property
+    def text(self) -> str:
+        deltas = [choice["delta"] for chunk in self.chunks for choice in chunk["choices"]]
+        return "".join(delta.get("content") or "" for delta in deltas)
+
+
+def relay_body(*pieces: bytes, aborted: bool = False, limit: int = 100_000) -> Relayed:
+    """Feeds the pieces of a body to a relay, up to the end of the body or of the connection."""
+    relay = Relay(EventParser(limit))
+    out = b""
+    for piece in pieces:
+        if not relay.done and not relay.failure:
+            out += relay.feed(piece)
+    if not relay.done and not relay.failure:
+        out += relay.close(aborted)
+    if relay.failure:
+        assert not relay.done, "an answer is complete, or it failed"
+        failure = relay.failure
+        return Relayed(out, failure.code, failure.message, failure.status)
+    assert relay.done
+    return Relayed(out, "", "", 200)
+
+
+GREETING = "Grüße 👩‍👩‍👧 你好 \u2028\u2029\x85 data: [DONE]"
+SAID = text(GREETING)
+GOOD = SAID + FINISH + DONE
+
+
+@dataclass
+class Framing:
+    """A way to send the good answer."""
+
+    name: str
+    sent: bytes
+
+
+FRAMINGS = [
+    Framing("LF", GOOD),
+    Framing("CRLF", GOOD.replace(b"\n", b"\r\n")),
+    Framing("CR", GOOD.replace(b"\n", b"\r")),
+    Framing("byte order mark", b"\xef\xbb\xbf" + GOOD),
+    Framing("no space after the colon (openai-python#559)", GOOD.replace(b"data: {", b"data:{")),
+    Framing("comments (OpenRouter)", b": OPENROUTER PROCESSING\n\n:\n\n" + GOOD),
+    Framing("a comment longer than an event may be", b":" + b"x" * 250_000 + b"\n" + GOOD),
+    Framing("other fields", b"id: 7\nretry: 10\nevent: message\nfoo: bar\n" + GOOD),
+    Framing("events without data", b"event: ping\n\ndata:\n\n" + GOOD),
+    Framing("null as a sign of life", event(b"null") + GOOD),
+    Framing("an empty object", event(b"{}") + GOOD),
+    Framing("an object without choices", event(b'{"type":"ping"}') + GOOD),
+    Framing("an error that is null", event(b'{"error":null}') + GOOD),
+    Framing("white space around [DONE]", SAID + FINISH + b"data:  [DONE] \n\n"),
+    Framing("no [DONE], but a finish_reason", SAID + FINISH),
+    Framing("no newline at the end", GOOD[:-2]),
+    Framing("neither [DONE] nor a newline at the end", (SAID + FINISH)[:-2]),
+    Framing("text after [DONE]", GOOD + SAID),
+]
+
+
+class Forwarding(unittest.TestCase):
+    """Whatever the framing of the upstream, the client gets one: `data: PAYLOAD`, blank line."""
+
+    def test_framings(self) -> None:
+        """Every framing of a good answer goes out as the same bytes, in any pieces."""
+        for framing in FRAMINGS:
+            is_short = len(framing.sent) < 5000
+            with self.subTest(framing.name):
+                for pieces in every_split(framing.sent) if is_short else [[framing.sent]]:
+                    relayed = relay_body(*pieces)
+                    self.assertEqual((relayed.out, relayed.code), (GOOD, ""), pieces)
+
+    def test_payloads_are_not_touched(self) -> None:
+        """A payload goes out byte for byte, with its spaces, escapes and key order."""
+        payload = rb'{"z" : 1.50e0, "choices":[ {"delta":{"content":"\u00e9\/ \ud83d"}} ],"a":[]}'
+        self.assertEqual(relay_body(event(payload) + DONE).out, event(payload) + DONE)
+
+    def test_an_event_goes_out_with_its_last_byte(self) -> None:
+        """Each event goes out the moment it is complete."""
+        for blank_line in (b"\n\n", b"\r\n\r", b"\r\r"):
+            with self.subTest(blank_line):
+                out = Relay(EventParser(1000)).feed(text("a")[:-2] + blank_line)
+                self.assertEqual(out, text("a"))
+
+    def test_events_that_are_there_go_out_together(self) -> None:
+        """Events that came in one piece go out in one."""
+        out = Relay(EventParser(1000)).feed(text("a") + text("b") + text("c")[:-1])
+        self.assertEqual(out, text("a") + text("b"))
+
+    def test_several_data_lines_go_out_as_one(self) -> None:
+        """A payload on several `data:` lines goes out on one, with spaces where lines ended."""
+        body = b'data: {"choices":\ndata: [{"delta":{}}]}\n\n' + DONE
+        self.assertEqual(relay_body(body).out, event(b'{"choices": [{"delta":{}}]}') + DONE)
+
+    def test_a_token_may_contain_the_end_mark(self) -> None:
+        """`[DONE]` is the end only as the whole payload."""
+        self.assertEqual(relay_body(text("[DONE]") + FINISH + DONE).text, "[DONE]")
+
+    def test_usage_without_choices(self) -> None:
+        """A payload with `usage` but no `choices` goes out with an empty list of choices."""
+        relayed = relay_body(SAID + FINISH + event({"usage": {"total_tokens": 3}}) + DONE)
+        self.assertEqual(relayed.chunks[-1], {"usage": {"total_tokens": 3}, "choices": []})
+
+    def test_a_message_that_repeats_the_deltas(self) -> None:
+        """A `message` after deltas says again what they said: it is not sent again (MiniMax)."""
+        repeated = {"role": "assistant", "content": "Hello world"}
+        choice = {"index": 0, "finish_reason": "stop", "message": repeated}
+        for last in (choice, choice | {"delta": {}}):
+            body = text("Hello") + text(" world") + event({"choices": [last]}) + DONE
+            with self.subTest(last):
+                relayed = relay_body(body)
+                self.assertNotIn(b"Hello world", relayed.out)
+                self.assertEqual((relayed.text, relayed.code), ("Hello world", ""))
+
+    def test_the_finish_reason_beside_a_repeated_message(self) -> None:
+        """The `finish_reason` of a chunk whose message is left out still reaches the client."""
+        choice = {"index": 0, "finish_reason": "length", "message": {"content": "Hello"}}
+        relayed = relay_body(text("Hello") + event({"choices": [choice]}) + DONE)
+        reasons = [each["choices"][0].get("finish_reason") for each in relayed.chunks]
+        self.assertEqual(reasons, [None, "length"])
+
+    def test_a_whole_completion_as_an_event(self) -> None:
+        """A whole completion in one event goes out as a chunk, `delta` for `message`."""
+        relayed = relay_body(event(WHOLE_ANSWER) + DONE)
+        self.assertEqual(relayed.text, "Hi")
+        self.assertEqual(relayed.chunks[0]["object"], "chat.completion.chunk")
+        self.assertNotIn("message", relayed.chunks[0]["choices"][0])
+
+    def test_tool_calls_of_a_whole_completion(self) -> None:
+        """Each of its `tool_calls` gets the `index` that clients need."""
+        calls = [{"id": "a", "function": {"name": "f"}}, {"id": "b", "function": {"name": "g"}}]
+        message = {"role": "assistant", "content": None, "tool_calls": calls}
+        choice = {"index": 0, "message": message, "finish_reason": "tool_calls"}
+        relayed = relay_body(event({"object": "chat.completion", "choices": [choice]}) + DONE)
+        delta = relayed.chunks[0]["choices"][0]["delta"]
+        self.assertEqual([call["index"] for call in delta["tool_calls"]], [0, 1])
+
+    def test_odd_fields_break_nothing(self) -> None:
+        """A field that is null or of another type is the client's to judge: the chunk passes."""
+        odd_choices = [
+            {"delta": None, "finish_reason": None},
+            {"delta": "text", "finish_reason": 7},
+            {"message": None, "finish_reason": None},
+            {"message": {"tool_calls": {}}, "finish_reason": None},
+            {"message": {"tool_calls": [None, 7]}, "finish_reason": None},
+            {"index": None, "delta": {"content": 7}},
+            None,
+            7,
+            [],
+        ]
+        for choice in odd_choices:
+            with self.subTest(choice):
+                relayed = relay_body(SAID + event({"choices": [choice]}) + DONE)
+                self.assertEqual(relayed.code, "")
+
+
+class EndOfAnAnswer(unittest.TestCase):
+    """An answer is complete, or it failed; a part never passes for the whole."""
+
+    def test_done(self) -> None:
+        """`[DONE]` completes an answer, also without a `finish_reason`."""
+        self.assertEqual(relay_body(SAID + DONE).code, "")
+
+    def test_every_choice_is_finished(self) -> None:
+        """The end of the body completes an answer when every choice has a `finish_reason`."""
+        both = text("a") + text("b", index=1) + FINISH
+        relayed = relay_body(both + chunk({}, index=1, finish_reason="length"))
+        self.assertEqual(relayed.code, "")
+        self.assertTrue(relayed.out.endswith(DONE))
+
+    def test_one_choice_is_not_finished(self) -> None:
+        """One choice in mid-word makes the end of the body a truncation."""
+        relayed = relay_body(text("a") + text("b", index=1) + FINISH)
+        self.assertEqual(relayed.code, "stream_truncated")
+
+    def test_no_choice_at_all(self) -> None:
+        """Chunks without any choice are not a complete answer."""
+        filtered = event({"choices": [], "prompt_filter_results": [{}]})
+        self.assertEqual(relay_body(filtered).code, "stream_truncated")
+
+    def test_a_finish_reason_stays(self) -> None:
+        """A later chunk without a `finish_reason` does not take the earlier one back."""
+        late = chunk({}, finish_reason=None)
+        self.assertEqual(relay_body(SAID + FINISH + late).code, "")
+
+    def test_an_empty_finish_reason(self) -> None:
+        """An empty `finish_reason` finishes nothing."""
+        self.assertEqual(relay_body(SAID + chunk({}, finish_reason="")).code, "stream_truncated")
+
+    def test_an_unfinished_message(self) -> None:
+        """A `message` whose `finish_reason` is null does not complete an answer by itself."""
+        choice = {"index": 0, "message": {"content": "Hel"}, "finish_reason": None}
+        self.assertEqual(relay_body(event({"choices": [choice]})).code, "stream_truncated")
+
+    def test_usage_after_the_finish_reason(self) -> None:
+        """A usage chunk after the last `finish_reason` changes nothing."""
+        usage = event({"choices": [], "usage": {"total_tokens": 3}})
+        self.assertEqual(relay_body(SAID + FINISH + usage).out, SAID + FINISH + usage + DONE)
+
+    def test_a_connection_that_breaks_after_the_end(self) -> None:
+        """A connection that breaks when every choice is finished harms nothing."""
+        relayed = relay_body(SAID + FINISH, aborted=True)
+        self.assertEqual((relayed.out, relayed.code), (SAID + FINISH + DONE, ""))
+
+    def test_a_connection_that_breaks_before_the_end(self) -> None:
+        """A connection that breaks before that is a truncation."""
+        relayed = relay_body(SAID, aborted=True)
+        self.assertEqual((relayed.out, relayed.code), (SAID, "stream_truncated"))
+
+    def test_a_connection_that_breaks_inside_an_event(self) -> None:
+        """What a broken connection left unfinished is not taken for an event."""
+        relayed = relay_body(SAID + FINISH[:-2], aborted=True)
+        self.assertEqual((relayed.out, relayed.code), (SAID, "stream_truncated"))
+
+    def test_truncation_at_every_byte(self) -> None:
+        """Wherever an answer is cut before its end, it is told as truncated."""
+        first_cut = len(SAID)
+        last_cut = len(SAID + FINISH) - 3
+        for length in range(first_cut, last_cut):
+            for aborted in (False, True):
+                relayed = relay_body(GOOD[:length], aborted=aborted)
+                self.assertEqual(relayed.code, "stream_truncated", GOOD[:length])
+                self.assertEqual(relayed.out, SAID, GOOD[:length])
+
+    def test_a_cut_first_event(self) -> None:
+        """An end inside the first payload is a truncation."""
+        self.assertEqual(relay_body(b'data: {"choices":[{').code, "stream_truncated")
+
+    def test_nothing(self) -> None:
+        """No event at all, comments, or nothing but `[DONE]`, is an empty answer."""
+        for body in (b"", b": ping\n\n" * 3, DONE):
+            with self.subTest(body):
+                relayed = relay_body(body)
+                self.assertEqual((relayed.out, relayed.code), (b"", "empty_stream"))
+
+
+# ---- What the upstream reports, and what it gets wrong -----------------------------------
+
+
+@dataclass
+class Dialect:
+    """A way to report an error, and what the client is told."""
+
+    name: str
+    sent: bytes
+    code: str = "upstream_error"
+    message: str = "Ouch"
+
+
+OVERLOADED: Json = {"message": "Overloaded", "type": "overloaded_error", "code": "busy"}
+NUMBERED: Json = {"message": "Ouch", "code": 400}
+
+DIALECTS = [
+    Dialect("an object", event({"error": OVERLOADED}), code="busy", message="Overloaded"),
+    Dialect("a list", event(json.dumps([{"error": OVERLOADED}]).encode()), "busy", "Overloaded"),
+    Dialect("a text (LM Studio)", event({"error": "Ouch"})),
+    Dialect("object: error (vLLM)", event({"object": "error"} | NUMBERED)),
+    Dialect("an error beside a message", event({"error": {"message": "Ouch"}, "message": "Out"})),
+    Dialect("event: error", b"event: error\n" + event({"error": {"message": "Ouch"}})),
+    Dialect("event: error with a bare message", b"event: error\n" + event({"message": "Ouch"})),
+    Dialect("an error field (llama.cpp)", b'error: {"code":500,"message":"Ouch"}\n\n'),
+    Dialect("an error beside choices", event({"choices": [{}], "error": {"message": "Ouch"}})),
+    Dialect("an error in a choice", event({"choices": [{"error": {"message": "Ouch"}}]})),
+    Dialect("a number as code", event({"error": {"message": "Ouch", "code": 500}})),
+    Dialect("a code of a page", event({"error": {"message": "Ouch", "code": "x" * 65}})),
+    Dialect("a message that is an object", event({"detail": [{"msg": "Ouch"}], "object": "error"})),
+]
+
+
+class UpstreamErrors(unittest.TestCase):
+    """An error in the stream is told, in whatever dialect it comes."""
+
+    def test_dialects(self) -> None:
+        """Every dialect of an error gives its code and its message."""
+        for dialect in DIALECTS:
+            with self.subTest(dialect.name):
+                for pieces in every_split(dialect.sent):
+                    relayed = relay_body(*pieces, DONE)
+                    self.assertEqual(relayed.code, dialect.code, pieces)
+                    self.assertEqual(relayed.message, dialect.message, pieces)
+
+    def test_dialects_in_mid_answer(self) -> None:
+        """The part before an error goes out, the error ends the answer, and no `[DONE]` follows."""
+        for dialect in DIALECTS:
+            with self.subTest(dialect.name):
+                relayed = relay_body(SAID + dialect.sent + FINISH + DONE)
+                self.assertEqual((relayed.out, relayed.code), (SAID, dialect.code))
+
+    def test_an_error_event_without_json(self) -> None:
+        """`event: error` is an error whatever its data are."""
+        self.assertEqual(relay_body(b"event: error\ndata: Ouch\n\n" + DONE).code, "upstream_error")
+
+    def test_falsy_errors(self) -> None:
+        """`"error": null`, and the like, beside choices is no error."""
+        falsy: list[Any] = [None, "", False, {}]
+        for error in falsy:
+            with self.subTest(error):
+                body = event({"choices": [{"delta": {}, "error": error}], "error": error})
+                self.assertEqual(relay_body(body + DONE).out, body + DONE)
+
+
+@dataclass
+class Malformed:
+    """A payload that cannot be forwarded."""
+
+    name: str
+    payload: bytes
+
+
+MALFORMED = [
+    Malformed("no JSON", b"nonsense"),
+    Malformed("a list", b"[1]"),
+    Malformed("a number", b"7"),
+    Malformed("two objects", b"{}{}"),
+    Malformed("NaN", b'{"choices":[NaN]}'),
+    Malformed("Infinity", b'{"choices":[-Infinity]}'),
+    Malformed("bad UTF-8", b'{"choices":["\xff"]}'),
+    Malformed("a control character in a string", b'{"choices":["\x01"]}'),
+    Malformed("deep nesting", b"[" * 90_000),
+    Malformed("a newline inside a string", b'{"choices":[{"x":"a\ndata: b"}]}'),
+    Malformed("a lone half of a pair", b'{"choices":[]},{"choices":[{}'),
+    Malformed("the other half", b"{}]}"),
+    Malformed("a number without end in a whole answer", b'{"choices":[{"message":1e999}]}'),
+]
+
+
+class MalformedPayloads(unittest.TestCase):
+    """Each payload must be a JSON object (RFC 8259) by itself."""
+
+    def test_malformed_payloads(self) -> None:
+        """A payload that is no JSON object ends the answer; nothing of it goes out."""
+        for malformed in MALFORMED:
+            with self.subTest(malformed.name):
+                relayed = relay_body(SAID, event(malformed.payload), FINISH, DONE)
+                self.assertEqual((relayed.out, relayed.code), (SAID, "upstream_invalid"))
+
+    def test_a_huge_integer(self) -> None:
+        """An integer of more digits than Python reads is no fault of ours."""
+        relayed = relay_body(event(b'{"choices":[],"n":%b}' % (b"1" * 5000)), FINISH, DONE)
+        self.assertIn(relayed.code, ("", "upstream_invalid"))
+
+    def test_too_large_an_event(self) -> None:
+        """An event above the limit ends the answer, after the ones before it."""
+        relayed = relay_body(SAID, text("x" * 200_000), FINISH, DONE)
+        self.assertEqual((relayed.out, relayed.code), (SAID, "event_too_large"))
+
+    def test_statuses(self) -> None:
+        """What the upstream got wrong has status 502."""
+        for body in (b"", event(b"nonsense"), b'data: {"', text("x" * 200_000)):
+            with self.subTest(body[:20]):
+                self.assertEqual(relay_body(body).status, 502)
