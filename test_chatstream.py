@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import gzip
 import json
 import logging
 import os
@@ -27,8 +28,9 @@ import sys
 import tempfile
 import time
 import unittest
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -1266,3 +1268,773 @@ class MalformedPayloads(unittest.TestCase):
         for body in (b"", event(b"nonsense"), b'data: {"', text("x" * 200_000)):
             with self.subTest(body[:20]):
                 self.assertEqual(relay_body(body).status, 502)
+
+
+# ---- An honest status: what fails before the first event ---------------------------------
+
+
+@dataclass
+class Fault:
+    """Something that an upstream does, and what the client is told."""
+
+    name: str
+    script: Script
+    status: int
+    code: str
+    message: str | None = None
+    type: str | None = None
+
+
+def refuses(status: int, body: bytes | Json | list[Any]) -> Script:
+    return responds(status, body)
+
+
+BUSY: Json = {"error": OVERLOADED}
+TRACEBACK = "Traceback (most recent call last):\n  File ..."
+
+FAULTS = [
+    Fault("400", refuses(400, BUSY), 400, "busy", "Overloaded", "overloaded_error"),
+    Fault("403", refuses(403, BUSY), 403, "busy", "Overloaded", "overloaded_error"),
+    Fault("a list (Gemini)", refuses(400, [BUSY]), 400, "busy", "Overloaded"),
+    Fault("a text", refuses(429, {"error": "No"}), 429, "upstream_rejected", "No"),
+    Fault("FastAPI", refuses(422, {"detail": "Bad"}), 422, "upstream_rejected", "Bad"),
+    Fault(
+        "FastAPI's list",
+        refuses(422, {"detail": [{"loc": ["body"], "msg": "Field required"}]}),
+        422,
+        "upstream_rejected",
+        "Field required",
+    ),
+    Fault(
+        "a message that is an object (Mistral)",
+        refuses(422, {"object": "error", "message": {"detail": [{"msg": "Field required"}]}}),
+        422,
+        "upstream_rejected",
+        "Field required",
+    ),
+    Fault("a page", refuses(404, b"<html>Not Found"), 404, "upstream_rejected"),
+    Fault("a page in JSON", refuses(404, {"error": "<html>x"}), 404, "upstream_rejected"),
+    Fault("a traceback", refuses(400, {"error": TRACEBACK}), 400, "upstream_rejected"),
+    Fault("a long code", refuses(400, {"error": {"code": "x" * 65}}), 400, "upstream_rejected"),
+    Fault(
+        "fields of other types",
+        refuses(400, {"error": {"message": {}, "type": 7, "code": []}}),
+        400,
+        "upstream_rejected",
+        type="invalid_request_error",
+    ),
+    Fault("429", refuses(429, {}), 429, "upstream_rejected", type="rate_limit_error"),
+    Fault("401", refuses(401, BUSY), 502, "upstream_auth", type="upstream_error"),
+    Fault("500", refuses(500, BUSY), 502, "upstream_error", type="upstream_error"),
+    Fault("503", refuses(503, BUSY), 502, "upstream_error"),
+    Fault("a redirect", responds(307, b"", {"Location": "/v1/x"}), 502, "upstream_error"),
+    Fault("an error first", sends(event(BUSY)), 502, "busy", "Overloaded", "overloaded_error"),
+    Fault("an error document", refuses(200, BUSY), 502, "busy", "Overloaded"),
+    Fault("an error in a list", refuses(200, [BUSY]), 502, "busy", "Overloaded"),
+    Fault("nothing", sends(), 502, "empty_stream"),
+    Fault("half a payload", sends(b'data: {"cho'), 502, "stream_truncated"),
+    Fault("a malformed payload", sends(event(b"nonsense")), 502, "upstream_invalid"),
+    Fault("too large an event", sends(text("x" * 50_000)), 502, "event_too_large"),
+    Fault("a page with status 200", sends(b"<!doctype html>"), 502, "upstream_error"),
+    Fault("a text", sends(b"Hello, world\n"), 502, "upstream_invalid"),
+    Fault("a reset before a byte", breaks_off, 502, "upstream_unreachable"),
+    Fault("a break before an event", sends(then=breaks_off), 502, "stream_truncated"),
+]
+
+
+class HonestStatus(ServerCase):
+    """What fails before the first event has a real HTTP status."""
+
+    async def test_faults(self) -> None:
+        """Each fault of the upstream has its status, code, message and type."""
+        async with serving(max_event_bytes=10_000) as server:
+            for fault in FAULTS:
+                with self.subTest(fault.name):
+                    server.upstream.script = fault.script
+                    answer = await self.ask(server.url)
+                    self.assertEqual(
+                        (answer.status, answer.error["code"]), (fault.status, fault.code)
+                    )
+                    if fault.message:
+                        self.assertEqual(answer.error["message"], fault.message)
+                    if fault.type:
+                        self.assertEqual(answer.error["type"], fault.type)
+
+    async def test_the_form_of_an_error(self) -> None:
+        """An error is JSON with five fields, the request id among them."""
+        answer = await self.answer_to(responds(500, b""))
+        self.assert_headers(answer, {"Content-Type": JSON})
+        self.assertEqual(list(answer.json), ["error"])
+        names = {"message", "type", "param", "code", "request_id"}
+        self.assertEqual(set(answer.error), names)
+        self.assertEqual(answer.error["request_id"], answer.headers["X-Request-Id"])
+
+    async def test_messages_are_for_people(self) -> None:
+        """Every fault has a message that is a text, and neither a page nor a traceback."""
+        async with serving(max_event_bytes=10_000) as server:
+            for fault in FAULTS:
+                with self.subTest(fault.name):
+                    server.upstream.script = fault.script
+                    message = (await self.ask(server.url)).error["message"]
+                    self.assertRegex(message, r"^\w[^<{]*$")
+                    self.assertNotIn("Traceback", message)
+
+    async def test_long_messages(self) -> None:
+        """A message of the upstream is cut at 500 characters."""
+        answer = await self.answer_to(responds(400, {"error": "y" * 999}))
+        self.assertEqual(answer.error["message"], "y" * 500)
+
+    async def test_secrets_in_messages(self) -> None:
+        """Key and token are blotted out where the upstream quotes them."""
+        leak = {"error": "sk-secret-1 and token-secret-2 are wrong"}
+        secrets = {"api_key": "sk-secret-1", "token": "token-secret-2"}
+        headers = {"Authorization": "Bearer token-secret-2"}
+        for script in (responds(400, leak), sends(event(leak)), sends(SAID, event(leak))):
+            async with serving(script, **secrets) as server:
+                answer = await self.ask(server.url, headers=headers)
+                self.assertRegex(answer.error["message"], r"^\S+ and \S+ are wrong$")
+                self.assertNotIn(b"secret", answer.body)
+
+    async def test_short_secrets(self) -> None:
+        """A key of up to 8 characters is no secret: messages with such words stay readable."""
+        script = responds(400, {"error": "unknown model"})
+        answer = await self.answer_to(script, api_key="unknown")
+        self.assertEqual(answer.error["message"], "unknown model")
+
+    async def test_what_a_refusal_says(self) -> None:
+        """Of another 4xx, `param`, Retry-After and the rate limits are passed on, no more."""
+        kept = {"Retry-After": "7", "retry-after-ms": "7000", "x-ratelimit-remaining": "0"}
+        body = {"error": {"message": "No", "param": "n"}}
+        script = responds(429, body, kept | {"Set-Cookie": "a=b", "X-Internal": "x"})
+        answer = await self.answer_to(script)
+        self.assert_headers(answer, kept)
+        self.assertEqual(answer.error["param"], "n")
+        self.assertNotIn("Set-Cookie", answer.headers)
+        self.assertNotIn("X-Internal", answer.headers)
+
+    async def test_in_mid_answer(self) -> None:
+        """What fails later is the last event, without `[DONE]`, under the status 200."""
+        answer = await self.answer_to(sends(SAID, event(BUSY), FINISH, DONE))
+        self.assertEqual((answer.status, len(answer.payloads)), (200, 2))
+        self.assertEqual(answer.error["code"], "busy")
+        self.assertEqual(answer.error["request_id"], answer.headers["X-Request-Id"])
+
+    async def test_nobody_there(self) -> None:
+        """An upstream that refuses the connection cannot be reached."""
+        with socket.socket() as closed:
+            closed.bind(("127.0.0.1", 0))
+            url = f"http://127.0.0.1:{closed.getsockname()[1]}/v1"
+            async with serving(base_url=url) as server:
+                answer = await self.ask(server.url)
+        self.assertEqual((answer.status, answer.error["code"]), (502, "upstream_unreachable"))
+
+    async def test_an_unknown_certificate(self) -> None:
+        """A certificate that nobody vouches for cannot be reached; the request is not sent."""
+        with certificate() as own:
+            async with scripted_upstream(SAYS_HI, own.upstream_tls) as upstream:
+                async with serving(base_url=upstream.url) as server:
+                    answer = await self.ask(server.url)
+        self.assertEqual((answer.status, answer.error["code"]), (502, "upstream_unreachable"))
+        self.assertEqual(upstream.calls, [])
+
+    async def test_no_connection_in_time(self) -> None:
+        """An upstream that does not finish its TLS handshake has timed out."""
+        with socket.create_server(("127.0.0.1", 0)) as mute:
+            url = f"https://127.0.0.1:{mute.getsockname()[1]}/v1"
+            async with serving(base_url=url, connect_seconds=0.2) as server:
+                answer = await self.ask(server.url)
+        self.assertEqual((answer.status, answer.error["code"]), (504, "upstream_timeout"))
+
+    async def test_no_http(self) -> None:
+        """An upstream that does not speak HTTP gives a 502 without its text."""
+        answer = await self.answer_to(sends_raw(b"SSH-2.0-OpenSSH_9.2\r\n\r\n"))
+        self.assertEqual(answer.status, 502)
+        self.assertNotIn(b"SSH", answer.body)
+
+    async def test_large_headers(self) -> None:
+        """Large headers of the upstream do no harm."""
+        script = sends(SAID, FINISH, DONE, headers={"X-Large": "x" * 9_000})
+        self.assertTrue((await self.answer_to(script)).is_complete)
+
+    async def test_a_compressed_answer(self) -> None:
+        """A compressed answer is refused, and never inflated."""
+        bomb = gzip.compress(b"data: " + b"x" * 2**24)
+        script = sends(bomb, headers={"Content-Encoding": "gzip"})
+        answer = await self.answer_to(script)
+        self.assertEqual((answer.status, answer.error["code"]), (502, "upstream_invalid"))
+
+
+class BrokenConnections(ServerCase):
+    """A connection that breaks is told as such, and is no fault of ours."""
+
+    async def test_broken_chunks_in_mid_answer(self) -> None:
+        """Broken chunked encoding after an event is a truncation."""
+
+        async def script(call: Call) -> None:
+            await call.send_head()
+            await call.send(SAID)
+            await call.send_raw(b"no chunk size\r\n")
+            await hangs(call)
+
+        async with serving(script) as server:
+            answer = await self.ask(server.url)
+            self.assertEqual((answer.status, answer.error["code"]), (200, "stream_truncated"))
+            await self.assert_outcomes(server.url, truncated=1)
+
+    async def test_broken_chunks_before_an_event(self) -> None:
+        """Broken chunked encoding before an event has status 502."""
+
+        async def script(call: Call) -> None:
+            await call.send_head()
+            await call.send_raw(b"no chunk size\r\n")
+            await hangs(call)
+
+        self.assertEqual((await self.answer_to(script)).status, 502)
+
+    async def test_broken_chunks_and_a_slow_client(self) -> None:
+        """Broken chunked encoding is a truncation for a client that reads slowly, too."""
+
+        async def script(call: Call) -> None:
+            await call.send_head()
+            for _ in range(40):
+                await call.send(text("x" * 20_000))
+            await call.send_raw(b"no chunk size\r\n")
+            await hangs(call)
+
+        async with serving(script) as server:
+            async with connected(server.url, receive_buffer=4096) as client:
+                client.send(http_request(HELLO))
+                await client.read_until(b"200 OK")
+                await asyncio.sleep(0.3)
+                await client.read_until(b"stream_truncated")
+            await self.assert_outcomes(server.url, truncated=1)
+
+    async def test_a_break_in_mid_answer(self) -> None:
+        """A connection that breaks after an event is a truncation."""
+        async with serving(sends(SAID, then=breaks_off)) as server:
+            answer = await self.ask(server.url)
+            self.assertEqual((answer.status, answer.error["code"]), (200, "stream_truncated"))
+            await self.assert_outcomes(server.url, truncated=1)
+
+    async def test_a_break_after_the_last_word(self) -> None:
+        """A connection that breaks when all is said makes no answer a broken one."""
+        script = sends(SAID, FINISH, then=breaks_off)
+        self.assertTrue((await self.answer_to(script)).is_complete)
+
+
+class KindOfBody(ServerCase):
+    """What kind of body it is, its first byte says, not its `Content-Type`."""
+
+    async def test_a_stream_under_another_name(self) -> None:
+        """A stream is relayed event by event, whatever its `Content-Type`."""
+        for content_type in (JSON, "text/html", "text/plain", ""):
+            with self.subTest(content_type):
+                go_on = asyncio.Event()
+
+                async def script(
+                    call: Call, content_type: str = content_type, go_on: asyncio.Event = go_on
+                ) -> None:
+                    await call.send_head(content_type=content_type)
+                    await call.send(SAID)
+                    await go_on.wait()
+                    await call.send(FINISH + DONE)
+
+                async with serving(script) as server, self.asking(server.url) as response:
+                    self.assertEqual(await response.content.readuntil(b"\n\n"), SAID)
+                    go_on.set()
+                    self.assertEqual(await response.read(), FINISH + DONE)
+
+    async def test_a_document_under_another_name(self) -> None:
+        """A whole completion goes out as one chunk and `[DONE]`, whatever its `Content-Type`."""
+        document = json.dumps(WHOLE_ANSWER, indent=2).encode()
+        for content_type in (JSON, EVENT_STREAM, "text/plain"):
+            for body in (document, b"\xef\xbb\xbf\r\n " + document):
+                with self.subTest(content_type, body=body[:6]):
+                    script = sends(body[:30], body[30:], content_type=content_type)
+                    answer = await self.answer_to(script)
+                    self.assertTrue(answer.is_complete)
+                    self.assertEqual((answer.text, len(answer.payloads)), ("Hi", 2))
+
+    async def test_a_page_under_another_name(self) -> None:
+        """A page is a failure of the upstream, whatever its `Content-Type`."""
+        for content_type in (JSON, EVENT_STREAM, "text/html"):
+            with self.subTest(content_type):
+                answer = await self.answer_to(sends(b"\n<html>", content_type=content_type))
+                self.assertEqual((answer.status, answer.error["code"]), (502, "upstream_error"))
+
+    async def test_a_cut_document(self) -> None:
+        """A document whose connection breaks is truncated."""
+        script = sends(b'{"choices":[{"mess', content_type=JSON, then=breaks_off)
+        answer = await self.answer_to(script)
+        self.assertEqual((answer.status, answer.error["code"]), (502, "stream_truncated"))
+
+    async def test_a_long_document(self) -> None:
+        """A document is no longer than an event may be."""
+        script = sends(b'{"choices":["' + b"x" * 20_000, content_type=JSON, then=hangs)
+        answer = await self.answer_to(script, max_event_bytes=10_000)
+        self.assertEqual((answer.status, answer.error["code"]), (502, "event_too_large"))
+
+    async def test_a_document_that_is_no_answer(self) -> None:
+        """A document that is neither an answer nor an error is never told as complete."""
+        for body in ({}, {"id": 7}, [], [1], {"choices": 3}):
+            with self.subTest(body):
+                answer = await self.answer_to(responds(200, body))
+                self.assertEqual(answer.status, 502)
+
+
+class Transcripts(ServerCase):
+    """What real servers sent, replayed. `.ci/transcripts/README.md` says where it is from."""
+
+    async def test_transcripts(self) -> None:
+        """Each transcript ends as its text says: whole, or with the error that it is."""
+        paths = sorted(HERE.glob(".ci/transcripts/*.sse"))
+        self.assertGreater(len(paths), 50)
+        async with serving() as server:
+            for path in paths:
+                with self.subTest(path.stem):
+                    head, _, body = path.read_bytes().partition(b"\r\n\r\n")
+                    status = int(head[9:12] or 502)
+                    found = re.search(rb"(?im)^content-type: ([^\r\n]+)", head)
+                    content_type = found[1].decode() if found else ""
+                    server.upstream.script = sends(body, status=status, content_type=content_type)
+                    answer = await self.ask(server.url)
+                    if status == 200:
+                        self.check_good_status(answer, body)
+                    else:
+                        self.check_bad_status(answer, status, body)
+
+    def check_bad_status(self, answer: Answer, status: int, body: bytes) -> None:
+        is_passed_on = 400 <= status < 500 and status != 401
+        self.assertEqual(answer.status, status if is_passed_on else 502)
+        if is_passed_on:
+            self.assertIn(answer.error["message"].encode(), body)
+
+    def check_good_status(self, answer: Answer, body: bytes) -> None:
+        payloads = re.findall(rb"(?m)^data: (.*)\n", body)
+        chunks = payloads[:-1]
+        all_json = all(re.fullmatch(rb"\{.*\}", payload) for payload in chunks)
+        is_whole = payloads[-1:] == [b"[DONE]"] and all_json and b'"error"' not in body
+        if is_whole:
+            self.assertEqual(answer.payloads, payloads)
+        elif b'"chat.completion"' in body:
+            self.assertTrue(answer.is_complete)
+        else:
+            self.assertNotIn(b"[DONE]", answer.body)
+            self.assertTrue(answer.error["code"])
+
+
+# ---- The request to the upstream ---------------------------------------------------------
+
+
+class UpstreamRequest(ServerCase):
+    """What the upstream is asked, and with which headers."""
+
+    async def call_for(
+        self, body: bytes | Json = HELLO, *, headers: Headers | None = None, **settings: object
+    ) -> Call:
+        """The request that the upstream gets for this one."""
+        async with serving(**settings) as server:
+            answer = await self.ask(server.url, body, headers=headers)
+            self.assertTrue(answer.is_complete, answer.body)
+            return await server.upstream.next_call()
+
+    async def test_the_request_line(self) -> None:
+        """The path is the base URL's, followed by /chat/completions."""
+        call = await self.call_for()
+        self.assertEqual(call.request_line, "POST /v1/chat/completions HTTP/1.1")
+
+    async def test_a_base_url_with_a_slash(self) -> None:
+        """A slash at the end of the base URL does not stand twice."""
+        async with scripted_upstream(SAYS_HI) as upstream:
+            async with serving(base_url=upstream.url + "/") as server:
+                await self.ask(server.url)
+        self.assertEqual(upstream.calls[0].request_line, "POST /v1/chat/completions HTTP/1.1")
+
+    async def test_headers(self) -> None:
+        """It asks for an uncompressed stream, or JSON, with the key."""
+        call = await self.call_for(api_key="sk-1")
+        self.assertEqual(call.headers["authorization"], "Bearer sk-1")
+        self.assertEqual(call.headers["accept"], "text/event-stream, application/json")
+        self.assertEqual(call.headers["accept-encoding"], "identity")
+        self.assertEqual(call.headers["content-type"], JSON)
+
+    async def test_no_key(self) -> None:
+        """Without a key there is no `Authorization` header, the client's neither."""
+        call = await self.call_for(headers={"Authorization": "Bearer mine"})
+        self.assertNotIn("authorization", call.headers)
+
+    async def test_our_request_id(self) -> None:
+        """Our own request id is a UUID; the upstream and the client get the same one."""
+        async with serving() as server:
+            answer = await self.ask(server.url)
+            call = await server.upstream.next_call()
+        request_id = answer.headers["X-Request-Id"]
+        self.assertEqual(str(uuid.UUID(request_id)), request_id)
+        self.assertEqual(call.headers["x-request-id"], request_id)
+
+    async def test_a_request_id_that_is_a_uuid(self) -> None:
+        """A client's request id that is a UUID goes to the upstream."""
+        request_id = str(uuid.uuid4())
+        call = await self.call_for(headers={"X-Request-Id": request_id})
+        self.assertEqual(call.headers["x-request-id"], request_id)
+
+    async def test_a_request_id_that_is_no_uuid(self) -> None:
+        """Another one does not: llama-cpp-python would refuse the request."""
+        call = await self.call_for(headers={"X-Request-Id": "my-id"})
+        self.assertNotEqual(call.headers.get("x-request-id"), "my-id")
+
+    async def test_no_header_of_the_client(self) -> None:
+        """No header of the client is passed on."""
+        sent = {"Cookie": "a=b", "X-Custom": "mine", "User-Agent": "mine", "OpenAI-Project": "mine"}
+        call = await self.call_for(headers=sent)
+        self.assertNotIn("mine", call.headers.values())
+        self.assertNotIn("cookie", call.headers)
+
+    async def test_no_cookie_is_kept(self) -> None:
+        """A cookie of the upstream is not sent back with the next request."""
+        async with scripted_upstream(SAYS_HI) as upstream:
+            upstream.script = sends(SAID, FINISH, DONE, headers={"Set-Cookie": "a=b"})
+            # A cookie needs a host name.
+            named = upstream.url.replace("127.0.0.1", "localhost")
+            async with serving(base_url=named) as server:
+                for _ in range(2):
+                    await self.ask(server.url)
+        self.assertNotIn("cookie", upstream.calls[1].headers)
+
+    async def test_no_netrc(self) -> None:
+        """No `.netrc` is read: its password would go to the upstream."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, ".netrc")
+            path.write_text("default login me password secret\n")
+            path.chmod(0o600)
+            async with scripted_upstream(SAYS_HI) as upstream:
+                environ = {"HOME": folder, "NETRC": str(path), "OPENAI_BASE_URL": upstream.url}
+                async with running_program(**environ) as program:
+                    self.assertTrue((await self.ask(program.url)).is_complete)
+        self.assertNotIn("authorization", upstream.calls[0].headers)
+
+    async def test_redirects_are_not_followed(self) -> None:
+        """A redirect is not followed: the key would travel along."""
+        async with scripted_upstream(SAYS_HI) as elsewhere:
+            script = responds(307, b"", {"Location": elsewhere.url + "/chat/completions"})
+            answer = await self.answer_to(script, api_key="sk-1")
+            self.assertEqual(answer.status, 502)
+            self.assertEqual(elsewhere.connections, [])
+
+    async def test_unknown_parameters(self) -> None:
+        """What we do not know passes, so that next year's parameters work."""
+        body = HELLO | {"temperature": 0.5, "next_year": {"x": [1, None]}}
+        call = await self.call_for(body)
+        self.assertEqual(call.json, body | {"model": "m", "stream": True})
+
+    async def test_messages_are_the_upstreams_to_judge(self) -> None:
+        """What is in the messages is passed on as it is."""
+        messages = [
+            {"role": "function", "name": "f", "content": "x"},
+            {"role": "user", "content": [{"type": "text", "text": "\ud83d\U0001f600"}]},
+            {"role": "root", "content": 7},
+            {},
+        ]
+        call = await self.call_for({"messages": messages})
+        self.assertEqual(call.json["messages"], messages)
+
+    async def test_null_counts_as_absent(self) -> None:
+        """`model` and `stream` may be null."""
+        call = await self.call_for(HELLO | {"model": None, "stream": None})
+        self.assertEqual((call.json["model"], call.json["stream"]), ("m", True))
+
+    async def test_a_second_model_does_not_slip_past(self) -> None:
+        """What is sent on is what was checked, so that a repeated key changes nothing."""
+        for stream in ("true", "null"):
+            text = '{"model":"gpt-9","model":"m","stream":%s,"messages":[{"role":"user"}]}'
+            call = await self.call_for((text % stream).encode())
+            self.assertNotIn(b"gpt-9", call.body)
+
+    async def test_connections_are_used_again(self) -> None:
+        """After `[DONE]` the end of the answer is awaited, so that the connection can serve again."""
+        script = sends(SAID, FINISH, DONE, pause=0.002)
+        async with serving(script) as server:
+            for _ in range(8):
+                self.assertTrue((await self.ask(server.url)).is_complete)
+            self.assertLess(len(server.upstream.connections), 4)
+
+    async def test_the_upstream_is_let_go_after_the_end(self) -> None:
+        """An upstream that keeps its connection open after `[DONE]` holds nobody up."""
+        async with serving(sends(SAID, FINISH, DONE, then=hangs)) as server:
+            self.assertTrue((await self.ask(server.url)).is_complete)
+            call = await server.upstream.next_call()
+            await within_patience(call.gone.wait())
+
+    async def test_many_streams_at_once(self) -> None:
+        """The 101st stream does not wait for one of the first hundred."""
+        async with serving(sends(SAID, then=hangs)) as server, AsyncExitStack() as running:
+            for _ in range(101):
+                response = await running.enter_async_context(self.asking(server.url))
+                self.assertEqual(await response.content.readuntil(b"\n\n"), SAID)
+
+
+class Proxies(ServerCase):
+    """The environment's proxies are honoured."""
+
+    elsewhere = "http://gpu.example:8000/v1"
+
+    async def test_a_proxy(self) -> None:
+        """An upstream elsewhere is asked through the proxy."""
+        async with scripted_upstream(SAYS_HI) as proxy:
+            environ = {"http_proxy": proxy.url, "OPENAI_BASE_URL": self.elsewhere}
+            async with running_program(**environ) as program:
+                self.assertTrue((await self.ask(program.url)).is_complete)
+        line = "POST http://gpu.example:8000/v1/chat/completions HTTP/1.1"
+        self.assertEqual(proxy.calls[0].request_line, line)
+
+    async def test_loopback_needs_no_proxy(self) -> None:
+        """An upstream on this machine is never asked through a proxy."""
+        async with scripted_upstream(SAYS_HI) as upstream, scripted_upstream(SAYS_HI) as proxy:
+            environ = {"http_proxy": proxy.url, "no_proxy": "", "OPENAI_BASE_URL": upstream.url}
+            async with running_program(**environ) as program:
+                self.assertTrue((await self.ask(program.url)).is_complete)
+        self.assertEqual(proxy.connections, [])
+
+    async def test_no_proxy(self) -> None:
+        """A host in `no_proxy` is not asked through the proxy."""
+        async with scripted_upstream(SAYS_HI) as proxy:
+            environ = {"http_proxy": proxy.url, "no_proxy": "gpu.invalid"}
+            environ["OPENAI_BASE_URL"] = "http://gpu.invalid:8000/v1"
+            async with running_program(**environ) as program:
+                answer = await self.ask(program.url)
+        self.assertEqual(answer.error["code"], "upstream_unreachable")
+        self.assertEqual(proxy.connections, [])
+
+    async def test_a_proxy_that_refuses(self) -> None:
+        """A proxy's refusal is told as unreachable, and its password appears nowhere."""
+        for base_url in (self.elsewhere, "https://gpu.example/v1"):
+            async with scripted_upstream(responds(407, {"error": "Who are you?"})) as proxy:
+                with_password = proxy.url.replace("//", "//me:pass-word-1@")
+                environ = {"http_proxy": with_password, "https_proxy": with_password}
+                async with running_program(OPENAI_BASE_URL=base_url, **environ) as program:
+                    answer = await self.ask(program.url)
+                    exited = await program.stop()
+            with self.subTest(base_url):
+                self.assertEqual(answer.status, 502)
+                self.assertEqual(answer.error["code"], "upstream_unreachable")
+                self.assertNotIn("pass-word-1", exited.stderr + exited.stdout)
+
+    async def test_a_proxy_that_cannot_work(self) -> None:
+        """A proxy URL that cannot work stops the start, without showing its password."""
+        for proxy in (
+            "http://me:pass-word-1@p.example:99999",
+            "http://a%3Ab:pass-word-1@p.example",
+        ):
+            with self.subTest(proxy):
+                exited = await failed_start(OPENAI_BASE_URL=self.elsewhere, http_proxy=proxy)
+                self.assertEqual(exited.status, 2)
+                self.assertIn("proxy", exited.stderr)
+                self.assertNotIn("pass-word-1", exited.stderr)
+
+
+# ---- Whole answers -----------------------------------------------------------------------
+
+COMPLETIONS = "/v1/chat/completions"
+
+
+class WholeAnswers(ServerCase):
+    """On /v1/chat/completions, a request without `stream: true` gets one JSON document."""
+
+    async def test_a_whole_answer(self) -> None:
+        """The upstream's JSON object is the answer, whether `stream` is absent, false or null."""
+        async with serving(responds(200, WHOLE_ANSWER)) as server:
+            for body in (HELLO, HELLO | {"stream": False}, HELLO | {"stream": None}):
+                with self.subTest(body):
+                    answer = await self.ask(server.url, body, path=COMPLETIONS)
+                    self.assertEqual((answer.status, answer.json), (200, WHOLE_ANSWER))
+                    self.assertEqual(answer.headers["Content-Type"].partition(";")[0], JSON)
+
+    async def test_what_the_upstream_is_asked(self) -> None:
+        """The request is sent on as it is, but for the default model."""
+        async with serving(responds(200, WHOLE_ANSWER)) as server:
+            await self.ask(server.url, HELLO | {"stream": False, "n": 1}, path=COMPLETIONS)
+            call = await server.upstream.next_call()
+            self.assertEqual(call.json, HELLO | {"stream": False, "n": 1, "model": "m"})
+
+    async def test_a_second_model_does_not_slip_past(self) -> None:
+        """What is sent on is what was checked, here too."""
+        body = b'{"model":"gpt-9","model":"m","messages":[{"role":"user"}]}'
+        async with serving(responds(200, WHOLE_ANSWER)) as server:
+            await self.ask(server.url, body, path=COMPLETIONS)
+            self.assertNotIn(b"gpt-9", (await server.upstream.next_call()).body)
+
+    async def test_models_are_checked(self) -> None:
+        """A model that is not allowed is refused, here too."""
+        async with serving(responds(200, WHOLE_ANSWER)) as server:
+            answer = await self.ask(server.url, HELLO | {"model": "gpt-9"}, path=COMPLETIONS)
+            self.assertEqual((answer.status, answer.error["code"]), (404, "model_not_found"))
+            self.assertEqual(server.upstream.calls, [])
+
+    async def test_a_streamed_answer(self) -> None:
+        """With `stream: true` the answer is streamed."""
+        async with serving() as server:
+            answer = await self.ask(server.url, HELLO | {"stream": True}, path=COMPLETIONS)
+            self.assertTrue(answer.is_complete)
+
+    async def test_the_page_route_only_streams(self) -> None:
+        """On /stream, `stream: false` is refused."""
+        async with serving() as server:
+            answer = await self.ask(server.url, HELLO | {"stream": False})
+            self.assertEqual((answer.status, answer.error["code"]), (400, "stream_required"))
+
+    async def test_faults(self) -> None:
+        """What is no JSON object, too long, broken off or an error is told as such."""
+        too_long = json.dumps({"choices": ["x" * 20_000]}).encode()
+        expected = {
+            "upstream_invalid": [b"[1]", b"Hi", b'"Hi"', b"null", b'{"choices":[NaN]}', b'{"a'],
+            "event_too_large": [too_long],
+            "upstream_error": [b'{"error":{"message":"Ouch"}}', b"<html>"],
+        }
+        async with serving(max_event_bytes=10_000) as server:
+            for code, bodies in expected.items():
+                for body in bodies:
+                    with self.subTest(body[:30]):
+                        server.upstream.script = responds(200, body)
+                        answer = await self.ask(server.url, path=COMPLETIONS)
+                        self.assertEqual((answer.status, answer.error["code"]), (502, code))
+
+    async def test_a_break(self) -> None:
+        """A connection that breaks in the middle is a truncation."""
+        script = sends(b'{"choices":', content_type=JSON, then=breaks_off)
+        async with serving(script) as server:
+            answer = await self.ask(server.url, path=COMPLETIONS)
+            self.assertEqual((answer.status, answer.error["code"]), (502, "stream_truncated"))
+            await self.assert_outcomes(server.url, truncated=1)
+
+    async def test_a_compressed_answer(self) -> None:
+        """A compressed answer is refused, here too."""
+        document = gzip.compress(json.dumps(WHOLE_ANSWER).encode())
+        async with serving(responds(200, document, {"Content-Encoding": "gzip"})) as server:
+            answer = await self.ask(server.url, path=COMPLETIONS)
+            self.assertEqual(answer.error["code"], "upstream_invalid")
+
+    async def test_a_refusal(self) -> None:
+        """The upstream's 4xx is passed on."""
+        async with serving(responds(429, BUSY, {"Retry-After": "7"})) as server:
+            answer = await self.ask(server.url, path=COMPLETIONS)
+            self.assertEqual((answer.status, answer.error["code"]), (429, "busy"))
+            self.assert_headers(answer, {"Retry-After": "7"})
+
+    async def test_silence(self) -> None:
+        """An upstream that does not answer within the idle limit has timed out."""
+        async with serving(says_nothing, idle_seconds=0.2) as server:
+            answer = await self.ask(server.url, path=COMPLETIONS)
+            self.assertEqual((answer.status, answer.error["code"]), (504, "upstream_timeout"))
+            await self.assert_outcomes(server.url, timeout=1)
+
+    async def test_no_heartbeats(self) -> None:
+        """A slow answer gets no heartbeat: they are no JSON."""
+        script = waits_for(go_on := asyncio.Event(), responds(200, WHOLE_ANSWER))
+        async with serving(script, heartbeat_seconds=0.1) as server:
+            asking = asyncio.create_task(self.ask(server.url, path=COMPLETIONS))
+            await asyncio.sleep(0.4)
+            go_on.set()
+            self.assertEqual((await asking).json, WHOLE_ANSWER)
+
+    async def test_one_outcome(self) -> None:
+        """A whole answer is counted once, as completed, and in the histograms."""
+        async with serving(responds(200, WHOLE_ANSWER)) as server:
+            await self.ask(server.url, path=COMPLETIONS)
+            await self.assert_outcomes(server.url, completed=1)
+            metrics = await self.metrics(server.url)
+            self.assertEqual(metrics["gen_ai_client_operation_duration_seconds_count"], 1)
+
+
+# ---- The list of models ------------------------------------------------------------------
+
+
+class Models(ServerCase):
+    """GET /v1/models lists what may be asked for."""
+
+    async def listed(self, url: str) -> list[str]:
+        answer = await self.get(url + "/v1/models")
+        self.assertEqual(answer.status, 200, answer.body)
+        return [entry["id"] for entry in answer.json["data"]]
+
+    async def test_the_form(self) -> None:
+        """Each entry has all that strict clients want: id, object, created, owned_by."""
+        async with serving(model="a,b") as server:
+            answer = await self.get(server.url + "/v1/models")
+        self.assertEqual(answer.json["object"], "list")
+        self.assertEqual([entry["id"] for entry in answer.json["data"]], ["a", "b"])
+        for entry in answer.json["data"]:
+            self.assertEqual(set(entry), {"id", "object", "created", "owned_by"})
+            self.assertEqual(entry["object"], "model")
+            self.assertIsInstance(entry["created"], int)
+            self.assertIsInstance(entry["owned_by"], str)
+
+    async def test_any_model(self) -> None:
+        """With `*` the list is the upstream's, asked with the key."""
+        script = responds(200, {"data": [{"id": "a"}, {"id": "b"}]})
+        async with serving(script, model="*", api_key="sk-1") as server:
+            self.assertEqual(await self.listed(server.url), ["a", "b"])
+            call = await server.upstream.next_call()
+        self.assertEqual(call.request_line, "GET /v1/models HTTP/1.1")
+        self.assertEqual(call.headers["authorization"], "Bearer sk-1")
+        self.assertIn(JSON, call.headers["accept"])
+
+    async def test_a_default_before_any_model(self) -> None:
+        """A model named beside `*` comes first, and only once."""
+        script = responds(200, {"data": [{"id": "a"}, {"id": "m"}]})
+        async with serving(script, model="m,*") as server:
+            self.assertEqual(await self.listed(server.url), ["m", "a"])
+
+    async def test_odd_lists(self) -> None:
+        """An odd entry, a bare list or a repeated name does not spoil the list."""
+        good = {"id": "a", "object": "model", "created": 1, "owned_by": "x"}
+        odd_entries = [good, {}, {"id": None}, {"id": 7}, "b", None, good]
+        async with serving(model="*") as server:
+            for body in ({"data": odd_entries}, odd_entries, [good]):
+                with self.subTest(body):
+                    server.upstream.script = responds(200, body)
+                    self.assertEqual(await self.listed(server.url), ["a"])
+
+    async def test_no_list(self) -> None:
+        """What is no list is no fault of ours."""
+        async with serving(model="*") as server:
+            for body in (b'{"data":null}', b"7", b"[", b"<html>", b'{"error":"x"}', b"\xff"):
+                with self.subTest(body):
+                    server.upstream.script = responds(200, body)
+                    answer = await self.get(server.url + "/v1/models")
+                    self.assertIn(answer.status, (200, 502))
+
+    async def test_a_refusal(self) -> None:
+        """A 401 of the upstream is told as for a stream."""
+        async with serving(responds(401, BUSY), model="*") as server:
+            answer = await self.get(server.url + "/v1/models")
+            self.assertEqual((answer.status, answer.error["code"]), (502, "upstream_auth"))
+
+    async def test_silence(self) -> None:
+        """An upstream that sends no list has timed out."""
+        limits = {"connect_seconds": 0.2, "idle_seconds": 0.2}
+        for script in (says_nothing, sends(b'{"data":', content_type=JSON, then=hangs)):
+            async with serving(script, model="*", **limits) as server:
+                answer = await self.get(server.url + "/v1/models")
+                self.assertEqual((answer.status, answer.error["code"]), (504, "upstream_timeout"))
+
+    async def test_choosing_any_model(self) -> None:
+        """With `*` any model may be asked for."""
+        async with serving(model="m,*") as server:
+            await self.ask(server.url, HELLO | {"model": "other"})
+            self.assertEqual((await server.upstream.next_call()).json["model"], "other")
+
+    async def test_the_default_model(self) -> None:
+        """The first of the allowed models is the default, also before `*`."""
+        for models in ("a,b", "a,*"):
+            async with serving(model=models) as server:
+                await self.ask(server.url)
+                self.assertEqual((await server.upstream.next_call()).json["model"], "a")
+
+    async def test_no_default_model(self) -> None:
+        """With `*` first there is no default; the answer says where the models are listed."""
+        async with serving(model="*") as server:
+            for body in (HELLO, HELLO | {"model": "*"}):
+                answer = await self.ask(server.url, body)
+                self.assertEqual((answer.status, answer.error["code"]), (400, "invalid_request"))
+                self.assertIn("GET /v1/models lists them", answer.error["message"])
+            self.assertEqual(server.upstream.calls, [])
