@@ -14,15 +14,20 @@ Environment variables:
 from __future__ import annotations
 
 import asyncio
+import base64
 import gc
 import gzip
+import hashlib
+import io
 import json
 import logging
 import os
+import pty
 import re
 import signal
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 import tempfile
@@ -30,7 +35,14 @@ import time
 import unittest
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import (
+    AsyncExitStack,
+    asynccontextmanager,
+    contextmanager,
+    redirect_stderr,
+    redirect_stdout,
+    suppress,
+)
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -48,7 +60,7 @@ JSON = "application/json"
 
 T = TypeVar("T")
 Json = dict[str, Any]
-Headers = Mapping[str, str]
+Headers = dict[str, str]
 HELLO: Json = {"messages": [{"role": "user", "content": "Hello"}]}
 
 
@@ -563,7 +575,7 @@ class ServerCase(unittest.IsolatedAsyncioTestCase):
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """A chat request whose answer is still running."""
         data = json.dumps(body).encode() if isinstance(body, dict) else body
-        sent = {"Content-Type": JSON} | dict(headers or {})
+        sent = {"Content-Type": JSON} | (headers or {})
         async with self.client.post(url + path, data=data, headers=sent) as response:
             yield response
 
@@ -605,7 +617,7 @@ class ServerCase(unittest.IsolatedAsyncioTestCase):
     def assert_headers(self, answer: Answer, expected: Headers) -> None:
         """The answer has these headers, whatever others it has."""
         found = {name: answer.headers.get(name) for name in expected}
-        self.assertEqual(found, dict(expected))
+        self.assertEqual(found, expected)
 
 
 # ---- The program, as people start it -----------------------------------------------------
@@ -714,7 +726,8 @@ async def process(
     environment: Headers,
     redirection: str = "",
     prefix: str = "",
-    stdin: int | None = subprocess.DEVNULL,
+    stdin: int = subprocess.DEVNULL,
+    stdout: int = subprocess.PIPE,
     new_session: bool = False,
 ) -> AsyncIterator[Program]:
     """`python ARGUMENTS`, started by a shell, with no setting but those of this environment.
@@ -728,9 +741,9 @@ async def process(
         started = await asyncio.create_subprocess_exec(
             *("sh", "-c", command, "sh", sys.executable, *arguments),
             cwd=HERE,
-            env=inherited | {"PYTHONDEVMODE": "1"} | dict(environment),
+            env=inherited | {"PYTHONDEVMODE": "1"} | environment,
             stdin=stdin,
-            stdout=subprocess.PIPE,
+            stdout=stdout,
             stderr=stderr,
             start_new_session=new_session,
         )
@@ -940,7 +953,7 @@ def relay_body(*pieces: bytes, aborted: bool = False, limit: int = 100_000) -> R
         if not relay.done and not relay.failure:
             out += relay.feed(piece)
     if not relay.done and not relay.failure:
-        out += relay.close(aborted)
+        out += relay.close(ConnectionResetError("cut") if aborted else None)
     if relay.failure:
         assert not relay.done, "an answer is complete, or it failed"
         failure = relay.failure
@@ -1638,7 +1651,7 @@ class UpstreamRequest(ServerCase):
     """What the upstream is asked, and with which headers."""
 
     async def call_for(
-        self, body: bytes | Json = HELLO, *, headers: Headers | None = None, **settings: object
+        self, body: bytes | Json = HELLO, *, headers: Headers | None = None, **settings: Any
     ) -> Call:
         """The request that the upstream gets for this one."""
         async with serving(**settings) as server:
@@ -2246,9 +2259,8 @@ class TimeLimits(ServerCase):
     async def test_long_answers_live(self) -> None:
         """As long as events come, no limit ends an answer."""
         script = pings(count=30, pause=0.05, ping=SAID, then=sends_rest)
-        limits = {"idle_seconds": 1, "write_seconds": 1, "connect_seconds": 1}
-        async with serving(script, **limits) as server:
-            self.assertTrue((await self.ask(server.url)).is_complete)
+        answer = await self.answer_to(script, idle_seconds=1, write_seconds=1)
+        self.assertTrue(answer.is_complete)
 
     async def test_five_seconds_after_the_last_word(self) -> None:
         """Five seconds of silence after every `finish_reason` complete an answer."""
@@ -2306,8 +2318,8 @@ class TimeLimits(ServerCase):
     async def test_a_model_that_thinks(self) -> None:
         """A client that waits for a silent model is not one that takes nothing."""
         go_on = asyncio.Event()
-        limits = {"write_seconds": 0.1, "heartbeat_seconds": 60}
-        async with serving(waits_for(go_on, SAYS_HI), **limits) as server:
+        script = waits_for(go_on, SAYS_HI)
+        async with serving(script, write_seconds=0.1, heartbeat_seconds=60) as server:
             asking = asyncio.create_task(self.ask(server.url))
             await asyncio.sleep(0.6)
             go_on.set()
@@ -2353,21 +2365,21 @@ async def sends_rest(call: Call) -> None:
 @contextmanager
 def broken_write_buffer(client: Connection) -> Iterator[None]:
     """Makes a documented method of one transport raise: the server's, to this client."""
-    transport_class = type(client.writer.transport)
+    transport_class: Any = type(client.writer.transport)
     original = transport_class.get_write_buffer_size
     address = client.writer.get_extra_info("sockname")
 
     def raise_for_this_client(transport: asyncio.WriteTransport) -> int:
         if transport.get_extra_info("peername") == address:
-            setattr(transport_class, "get_write_buffer_size", original)
+            transport_class.get_write_buffer_size = original
             raise RuntimeError("this stream is broken")
-        return original(transport)
+        return int(original(transport))
 
-    setattr(transport_class, "get_write_buffer_size", raise_for_this_client)
+    transport_class.get_write_buffer_size = raise_for_this_client
     try:
         yield
     finally:
-        setattr(transport_class, "get_write_buffer_size", original)
+        transport_class.get_write_buffer_size = original
 
 
 class BackPressure(ServerCase):
@@ -2396,10 +2408,9 @@ class BackPressure(ServerCase):
 
     async def test_a_stalled_client_of_a_trickle(self) -> None:
         """New tokens do not count as reading."""
-        first = text("x" * 8_000_000)
+        first = text("x" * 4_000_000)
         script = sends(first, *[SAID] * 1000, pause=0.05, then=hangs)
-        limits = {"write_seconds": 0.5, "max_event_bytes": 2**24}
-        async with serving(script, **limits) as server:
+        async with serving(script, write_seconds=0.5, max_event_bytes=2**24) as server:
             async with connected(server.url, receive_buffer=4096) as client:
                 client.send(http_request(HELLO))
                 await self.assert_outcomes(server.url, client_gone=1)
@@ -2418,7 +2429,7 @@ class BackPressure(ServerCase):
 
     async def test_completed_means_taken(self) -> None:
         """A stream runs until its client has taken the last bytes; then it is completed."""
-        script = sends(text("x" * 8_000_000), FINISH, DONE)
+        script = sends(text("x" * 4_000_000), FINISH, DONE)
         async with serving(script, max_event_bytes=2**24) as server:
             async with connected(server.url, receive_buffer=4096) as client:
                 client.send(http_request(HELLO))
@@ -2432,7 +2443,7 @@ class BackPressure(ServerCase):
 
     async def test_a_tail_that_nobody_takes(self) -> None:
         """A client that leaves before it has the last bytes is gone, not served."""
-        script = sends(text("x" * 8_000_000), FINISH, DONE)
+        script = sends(text("x" * 4_000_000), FINISH, DONE)
         async with serving(script, max_event_bytes=2**24) as server:
             async with connected(server.url, receive_buffer=4096) as client:
                 client.send(http_request(HELLO))
@@ -2443,9 +2454,8 @@ class BackPressure(ServerCase):
 
     async def test_nothing_follows_the_last_byte(self) -> None:
         """While a client takes its time with the last bytes, no heartbeat follows them."""
-        script = sends(text("x" * 8_000_000), FINISH, DONE)
-        limits = {"max_event_bytes": 2**24, "heartbeat_seconds": 0.1}
-        async with serving(script, **limits) as server:
+        script = sends(text("x" * 4_000_000), FINISH, DONE)
+        async with serving(script, max_event_bytes=2**24, heartbeat_seconds=0.1) as server:
             async with connected(server.url, receive_buffer=4096) as client:
                 client.send(http_request(HELLO, headers={"Connection": "close"}))
                 await client.read_until(b"200 OK")
@@ -2472,3 +2482,1571 @@ class BackPressure(ServerCase):
                     return client.writer.transport.is_closing()
 
                 await eventually(is_cut)
+
+
+# ---- Who gets in -------------------------------------------------------------------------
+
+
+@dataclass
+class Visitor:
+    """A request, and what it gets. 400 `invalid_json` means that it may come in."""
+
+    request: str
+    headers: Headers
+    status: int
+    code: str = ""
+
+
+def name(host: str) -> Headers:
+    return {"Host": host}
+
+
+def site(value: str) -> Headers:
+    return {"Sec-Fetch-Site": value}
+
+
+LOCAL = "localhost:8080"
+CHAT = "POST /stream"
+CHAT_API = "POST /v1/chat/completions"
+
+HOSTS = [
+    Visitor("GET /", name("localhost"), 200),
+    Visitor("GET /", name("LocalHost:1234"), 200),
+    Visitor("GET /", name("127.0.0.1:8080"), 200),
+    Visitor("GET /", name("[::1]:8080"), 200),
+    Visitor("GET /", name("[::1]"), 200),
+    Visitor("GET /", name("Chat.Example:443"), 200),
+    Visitor("GET /", name("evil.example"), 403, "forbidden_host"),
+    Visitor("GET /", name("evil.example:80"), 403, "forbidden_host"),
+    Visitor("GET /", name("localhost.evil.example"), 403, "forbidden_host"),
+    Visitor("GET /", name("evil-localhost:8080"), 403, "forbidden_host"),
+    Visitor("GET /", name("localhost:8080@x"), 403, "forbidden_host"),
+    Visitor("GET /", name("localhost:junk"), 403, "forbidden_host"),
+    Visitor("GET /", name("chat.example.evil"), 403, "forbidden_host"),
+    Visitor("GET /v1/models", name("evil.example"), 403, "forbidden_host"),
+    Visitor("GET /v1/nothing", name("evil.example"), 403, "forbidden_host"),
+    Visitor(CHAT, name("evil.example"), 403, "forbidden_host"),
+    Visitor(CHAT_API, name("evil.example"), 403, "forbidden_host"),
+    Visitor("GET /healthz", name("10.0.0.7:8080"), 200),
+    Visitor("GET /readyz", name("evil.example"), 200),
+    Visitor("GET /metrics", name("evil.example"), 200),
+]
+
+ORIGINS = [
+    Visitor(CHAT, {}, 400, "invalid_json"),
+    Visitor(CHAT, site("same-origin"), 400, "invalid_json"),
+    Visitor(CHAT, site("none"), 400, "invalid_json"),
+    Visitor(CHAT, {"Sec-Fetch-Mode": "cors"}, 400, "invalid_json"),
+    Visitor(CHAT, name(LOCAL) | {"Origin": "http://localhost:8080"}, 400, "invalid_json"),
+    Visitor(CHAT, name("[::1]:8") | {"Origin": "http://[::1]:8"}, 400, "invalid_json"),
+    Visitor(CHAT, site("same-site"), 403, "forbidden_origin"),
+    Visitor(CHAT, site("cross-site"), 403, "forbidden_origin"),
+    Visitor(CHAT, site(""), 403, "forbidden_origin"),
+    Visitor(CHAT_API, site("cross-site"), 403, "forbidden_origin"),
+    Visitor(CHAT, {"Origin": "null"}, 403, "forbidden_origin"),
+    Visitor(CHAT, name(LOCAL) | {"Origin": "http://localhost:1"}, 403, "forbidden_origin"),
+    Visitor(CHAT, name(LOCAL) | {"Origin": "http://localhost"}, 403, "forbidden_origin"),
+    Visitor(CHAT, name(LOCAL) | {"Origin": "http://evil-localhost:8080"}, 403, "forbidden_origin"),
+    Visitor(CHAT, name(LOCAL) | {"Origin": "http://evil.example"}, 403, "forbidden_origin"),
+]
+
+METHODS = [
+    Visitor("GET /nothing", {}, 404, "not_found"),
+    Visitor("POST /nothing", {}, 404, "not_found"),
+    Visitor("GET /stream/", {}, 404, "not_found"),
+    Visitor("GET /stream", {}, 405, "method_not_allowed"),
+    Visitor("PUT /v1/chat/completions", {}, 405, "method_not_allowed"),
+    Visitor("POST /", {"Content-Type": "x/y"}, 405, "method_not_allowed"),
+    Visitor("DELETE /healthz", {}, 405, "method_not_allowed"),
+    Visitor(CHAT, {"Content-Type": "text/plain"}, 415, "unsupported_media_type"),
+    Visitor(CHAT, {"Content-Type": ""}, 415, "unsupported_media_type"),
+    Visitor(CHAT, {"Content-Encoding": "gzip"}, 415, "unsupported_media_type"),
+    Visitor(CHAT, {"Content-Type": "application/json; charset=utf-8"}, 400, "invalid_json"),
+]
+
+
+class Access(ServerCase):
+    """Another web page, or a name that was rebound to this machine, cannot spend the key."""
+
+    async def check(self, visitors: list[Visitor], url: str) -> None:
+        for visitor in visitors:
+            with self.subTest(visitor.request, headers=visitor.headers):
+                method, _, path = visitor.request.partition(" ")
+                sent = {"Content-Type": JSON} | visitor.headers
+                answer = await self.get(url + path, method=method, headers=sent)
+                self.assertEqual(answer.status, visitor.status)
+                if visitor.code:
+                    self.assertEqual(answer.error["code"], visitor.code)
+
+    async def test_hosts(self) -> None:
+        """Bound to loopback, only this machine's names and the allowed hosts are served."""
+        async with serving(allowed_hosts="chat.example") as server:
+            await self.check(HOSTS, server.url)
+
+    async def test_hosts_of_a_public_server(self) -> None:
+        """Bound elsewhere, every host is served, or the allowed ones if there are any."""
+        expected = {"": 200, "chat.example": 403}
+        for allowed, status in expected.items():
+            async with serving(host="0.0.0.0", token="t", allowed_hosts=allowed) as server:
+                url = server.url.replace("0.0.0.0", "127.0.0.1")
+                answer = await self.get(url, headers=name("other.example"))
+                self.assertEqual(answer.status, status)
+
+    async def test_origins(self) -> None:
+        """A POST may only come from the page itself, or from no page."""
+        async with serving() as server:
+            await self.check(ORIGINS, server.url)
+            self.assertEqual(server.upstream.calls, [])
+
+    async def test_paths_and_methods(self) -> None:
+        """Unknown paths, wrong methods and wrong kinds of body have their statuses."""
+        async with serving() as server:
+            await self.check(METHODS, server.url)
+
+    async def test_allowed_methods(self) -> None:
+        """A wrong method is told which are allowed."""
+        async with serving() as server:
+            answer = await self.get(server.url + "/stream")
+            self.assert_headers(answer, {"Allow": "POST"})
+            answer = await self.get(server.url + "/healthz", method="DELETE")
+            self.assertEqual(set(answer.headers["Allow"].split(", ")), {"GET", "HEAD"})
+
+    async def test_the_method_comes_before_the_token(self) -> None:
+        """The method is judged before the token is looked at."""
+        async with serving(token="t0k-en-123") as server:
+            self.assertEqual((await self.get(server.url + "/stream")).status, 405)
+            self.assertEqual((await self.get(server.url + "/nothing")).status, 404)
+
+    async def test_head(self) -> None:
+        """HEAD works wherever GET does, without a body."""
+        async with serving() as server:
+            for path in ("/", "/v1/models", "/healthz", "/readyz", "/metrics"):
+                answer = await self.get(server.url + path, method="HEAD")
+                self.assertEqual((answer.status, answer.body), (200, b""))
+
+    async def test_wrong_tokens(self) -> None:
+        """With a token set, a chat or the models without it get 401, and cost nothing."""
+        wrong = ["", "Bearer ", "Bearer no", "t0k-en-123", "Basic t0k-en-123", "Bearer t0k-en-1234"]
+        async with serving(token="t0k-en-123") as server:
+            for sent in [*wrong, "Bearer tök", "Bearer t0k-en-12"]:
+                with self.subTest(sent):
+                    headers = {"Authorization": sent}
+                    chat = await self.ask(server.url, headers=headers)
+                    models = await self.get(server.url + "/v1/models", headers=headers)
+                    for answer in (chat, models):
+                        self.assertEqual(answer.status, 401)
+                        self.assertEqual(answer.error["code"], "invalid_token")
+                        self.assertEqual(answer.error["type"], "authentication_error")
+                        self.assert_headers(answer, {"WWW-Authenticate": "Bearer"})
+            self.assertEqual(server.upstream.calls, [])
+
+    async def test_no_token(self) -> None:
+        """A request without any `Authorization` gets 401, too."""
+        async with serving(token="t0k-en-123") as server:
+            self.assertEqual((await self.ask(server.url)).status, 401)
+
+    async def test_bytes_that_are_no_text(self) -> None:
+        """A token that is no text is a wrong token."""
+        async with serving(token="t0k-en-123") as server, connected(server.url) as client:
+            client.send(http_request(HELLO, headers={"Authorization": "Bearer \xff"}))
+            self.assertIn(b"HTTP/1.1 401 ", await client.read_until(b"}}"))
+
+    async def test_the_right_token(self) -> None:
+        """With the token they come in; the scheme's case does not matter."""
+        async with serving(token="t0k-en-123") as server:
+            for sent in ("Bearer t0k-en-123", "bearer t0k-en-123"):
+                headers = {"Authorization": sent}
+                self.assertTrue((await self.ask(server.url, headers=headers)).is_complete)
+                models = await self.get(server.url + "/v1/models", headers=headers)
+                self.assertEqual(models.status, 200)
+
+    async def test_what_needs_no_token(self) -> None:
+        """The page loads without the token; so do the probes and metrics."""
+        async with serving(token="t0k-en-123") as server:
+            for path in ("/", "/healthz", "/readyz", "/metrics"):
+                self.assertEqual((await self.get(server.url + path)).status, 200)
+
+
+# ---- What may be sent --------------------------------------------------------------------
+
+
+@dataclass
+class BadBody:
+    """A request body that costs nothing: the upstream is not asked."""
+
+    name: str
+    body: bytes
+    status: int
+    code: str
+
+
+def messages(text: bytes) -> bytes:
+    return b'{"messages":%b}' % text
+
+
+USER = b'[{"role":"user"}]'
+
+BAD_BODIES = [
+    BadBody("nothing", b"", 400, "invalid_json"),
+    BadBody("no JSON", b"{", 400, "invalid_json"),
+    BadBody("no UTF-8", messages(b'[{"content":"\xff"}]'), 400, "invalid_json"),
+    BadBody("NaN", b'{"messages":%b,"x":NaN}' % USER, 400, "invalid_json"),
+    BadBody("a number without end", b'{"messages":%b,"x":1e999}' % USER, 400, "invalid_json"),
+    BadBody("deep nesting", b"[" * 100_000, 400, "invalid_json"),
+    BadBody("deep nesting, closed", b"[" * 50_000 + b"]" * 50_000, 400, "invalid_json"),
+    BadBody("a list", b"[]", 400, "invalid_request"),
+    BadBody("a text", b'"Hello"', 400, "invalid_request"),
+    BadBody("no messages", b"{}", 400, "invalid_messages"),
+    BadBody("empty messages", messages(b"[]"), 400, "invalid_messages"),
+    BadBody("messages are null", messages(b"null"), 400, "invalid_messages"),
+    BadBody("messages are an object", messages(b'{"role":"user"}'), 400, "invalid_messages"),
+    BadBody("a message is a text", messages(b'["hi"]'), 400, "invalid_messages"),
+    BadBody(
+        "a model that is a list", b'{"messages":%b,"model":["m"]}' % USER, 400, "invalid_request"
+    ),
+    BadBody("another model", b'{"messages":%b,"model":"n"}' % USER, 404, "model_not_found"),
+    BadBody("no stream", b'{"messages":%b,"stream":false}' % USER, 400, "stream_required"),
+    BadBody(
+        "a stream that is a text", b'{"messages":%b,"stream":"yes"}' % USER, 400, "stream_required"
+    ),
+]
+
+
+class Bodies(ServerCase):
+    """A request's body is checked before it costs anything."""
+
+    async def test_bad_bodies(self) -> None:
+        """Every bad body gets its error, and the upstream is not asked."""
+        async with serving() as server:
+            for bad in BAD_BODIES:
+                with self.subTest(bad.name):
+                    answer = await self.ask(server.url, bad.body)
+                    self.assertEqual((answer.status, answer.error["code"]), (bad.status, bad.code))
+                    self.assertEqual(answer.error["type"], "invalid_request_error")
+            self.assertEqual(server.upstream.calls, [])
+            await self.assert_outcomes(server.url, rejected=len(BAD_BODIES))
+
+    async def test_the_longest_body(self) -> None:
+        """A body of exactly the limit is served; one byte more is refused."""
+        body = json.dumps(HELLO).encode()
+        async with serving(max_body_bytes=len(body)) as server:
+            self.assertTrue((await self.ask(server.url, body)).is_complete)
+            answer = await self.ask(server.url, body + b" ")
+            self.assertEqual((answer.status, answer.error["code"]), (413, "body_too_large"))
+
+    async def test_a_body_without_end(self) -> None:
+        """A body in chunks is refused as soon as it exceeds the limit."""
+        headers = {"Transfer-Encoding": "chunked"}
+        head = http_request(headers=headers).replace(b"Content-Length: 0\r\n", b"")
+        async with serving(max_body_bytes=1000) as server, connected(server.url) as client:
+            client.send(head + b"400\r\n" + b"x" * 1024 + b"\r\n")
+            answer = await client.read_until(b"body_too_large")
+            self.assertIn(b"HTTP/1.1 413 ", answer)
+
+    async def test_broken_chunks(self) -> None:
+        """A body in broken chunks is a bad request, and leaves no traceback."""
+        headers = {"Transfer-Encoding": "chunked"}
+        head = http_request(headers=headers).replace(b"Content-Length: 0\r\n", b"")
+        async with scripted_upstream(SAYS_HI) as upstream:
+            async with running_program(OPENAI_BASE_URL=upstream.url) as program:
+                async with connected(program.url) as client:
+                    client.send(head + b"zz\r\n")
+                    self.assertIn(b"HTTP/1.1 400 ", await client.read_until(b"\r\n"))
+                await program.stop()
+
+    async def test_a_compressed_body(self) -> None:
+        """A body that is compressed but does not say so is not unpacked."""
+        lies = b"\r\nContent-Encoding: identity\r\nContent-Encoding: gzip\r\n"
+        request = http_request(gzip.compress(json.dumps(HELLO).encode()))
+        async with serving() as server, connected(server.url) as client:
+            client.send(request.replace(b"\r\n", lies, 1))
+            answer = await client.read_until(b"}}")
+            self.assertIn(answer.split(b" ")[1], (b"400", b"415"))
+            self.assertEqual(server.upstream.calls, [])
+
+    async def test_expect(self) -> None:
+        """`Expect: 100-continue` is answered, so that the body comes."""
+        request = http_request(HELLO, headers={"Expect": "100-continue"})
+        head, blank_line, body = request.partition(b"\r\n\r\n")
+        async with serving() as server, connected(server.url) as client:
+            client.send(head + blank_line)
+            await client.read_until(b"HTTP/1.1 100 Continue\r\n\r\n")
+            client.send(body)
+            self.assertIn(b"HTTP/1.1 200 ", await client.read_until(b"[DONE]"))
+
+    async def test_expect_of_an_old_client(self) -> None:
+        """An HTTP/1.0 client gets no `100 Continue`, which it would take for the answer."""
+        line = "POST /stream HTTP/1.0"
+        request = http_request(HELLO, line=line, headers={"Expect": "100-continue"})
+        async with serving() as server, connected(server.url) as client:
+            client.send(request)
+            answer = await client.read_to_end()
+            self.assertNotIn(b"100 Continue", answer)
+            self.assertIn(b" 200 ", answer.partition(b"\r\n")[0])
+
+    async def test_http_1_0(self) -> None:
+        """An HTTP/1.0 client gets an answer that ends with the connection."""
+        expected = {"POST /stream": 200, "GET /": 200, "GET /nothing": 404, "GET /metrics": 200}
+        async with serving() as server:
+            for request, status in expected.items():
+                with self.subTest(request):
+                    headers = {"Connection": "keep-alive"}
+                    async with connected(server.url) as client:
+                        client.send(
+                            http_request(HELLO, line=f"{request} HTTP/1.0", headers=headers)
+                        )
+                        answer = await client.read_to_end()
+                    self.assertIn(b" %d " % status, answer.partition(b"\r\n")[0])
+                    self.assertNotIn(b"chunked", answer)
+
+    async def test_large_request_heads(self) -> None:
+        """A head of 60 KB is read: a browser sends the cookies of every other port."""
+        async with serving() as server:
+            cookies = "; ".join(f"c{number}={'x' * 1000}" for number in range(8))
+            one_line = {"Cookie": cookies + "; d=" + "x" * 50_000}
+            many_lines = {f"X-Header-{number}": "x" * 6_000 for number in range(10)}
+            for headers in ({"Cookie": cookies}, one_line, many_lines):
+                async with connected(server.url) as client:
+                    client.send(http_request(line="GET / HTTP/1.1", headers=headers))
+                    self.assertIn(b" 200 ", await client.read_until(b"\r\n"))
+
+
+class MaxStreams(ServerCase):
+    """Only so many streams run at once."""
+
+    async def test_one_too_many(self) -> None:
+        """One stream more than the limit gets 503 with Retry-After."""
+        async with serving(sends(SAID, then=hangs), max_streams=1) as server:
+            async with self.asking(server.url):
+                answer = await self.ask(server.url)
+        self.assertEqual((answer.status, answer.error["code"]), (503, "too_many_streams"))
+        self.assert_headers(answer, {"Retry-After": "1"})
+
+    async def test_whole_answers_count(self) -> None:
+        """A whole answer counts like a stream."""
+        async with serving(says_nothing, max_streams=1) as server:
+            asking = asyncio.create_task(self.ask(server.url, path=COMPLETIONS))
+            await server.upstream.next_call()
+            answer = await self.ask(server.url)
+            self.assertEqual((answer.status, answer.error["code"]), (503, "too_many_streams"))
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+
+    async def test_bodies_that_never_arrive(self) -> None:
+        """A request counts from the end of its head; the gauge shows it when its body is here."""
+        async with serving(max_streams=1) as server, connected(server.url) as client:
+            client.send(http_request(HELLO)[:-5])
+            answer = Answer(200, {}, b"")
+            async with asyncio.timeout(PATIENCE):
+                while answer.status != 503:
+                    answer = await self.ask(server.url)
+            self.assertEqual(answer.error["code"], "too_many_streams")
+            metrics = await self.metrics(server.url)
+            self.assertEqual(metrics["chatstream_active_streams"], 0)
+
+    async def test_room_again(self) -> None:
+        """When a stream ends, the next may come."""
+        async with serving(sends(SAID, then=hangs), max_streams=1) as server:
+            async with self.asking(server.url) as response:
+                await response.content.readuntil(b"\n\n")
+            await self.assert_outcomes(server.url, client_gone=1)
+            server.upstream.script = SAYS_HI
+            self.assertTrue((await self.ask(server.url)).is_complete)
+
+    async def test_other_answers(self) -> None:
+        """The page and the probes are served however many streams run."""
+        async with serving(sends(SAID, then=hangs), max_streams=1) as server:
+            async with self.asking(server.url):
+                for path in ("/", "/healthz", "/readyz", "/metrics", "/v1/models"):
+                    self.assertEqual((await self.get(server.url + path)).status, 200)
+
+
+# ---- Headers -----------------------------------------------------------------------------
+
+
+class AnswerHeaders(ServerCase):
+    async def test_every_answer(self) -> None:
+        """Every answer has a request id and `nosniff`, and names no server's version."""
+        async with serving() as server:
+            answers = [
+                await self.ask(server.url),
+                await self.ask(server.url, path=COMPLETIONS),
+                await self.ask(server.url, b"{"),
+            ]
+            for path in ("/", "/healthz", "/readyz", "/metrics", "/v1/models", "/nothing"):
+                answers.append(await self.get(server.url + path))
+            for answer in answers:
+                self.assertTrue(answer.headers["X-Request-Id"])
+                self.assert_headers(answer, {"X-Content-Type-Options": "nosniff"})
+                self.assertNotRegex(answer.headers.get("Server", ""), r"\d|aiohttp|Python")
+
+    async def test_streams(self) -> None:
+        """A stream says what it is, and that no proxy may hold it back."""
+        answer = await self.answer_to(SAYS_HI)
+        self.assert_headers(
+            answer,
+            {
+                "Content-Type": "text/event-stream; charset=utf-8",
+                "Cache-Control": "no-cache, no-transform",
+                "X-Accel-Buffering": "no",
+            },
+        )
+
+    async def test_a_sane_request_id(self) -> None:
+        """A request id of 1 to 128 letters, digits, dots, lines and underlines is kept."""
+        async with serving() as server:
+            for request_id in ("a", "a.1-2_3", "x" * 128):
+                headers = {"X-Request-Id": request_id}
+                answer = await self.get(server.url, headers=headers)
+                self.assert_headers(answer, headers)
+
+    async def test_another_request_id(self) -> None:
+        """Any other is replaced by a UUID."""
+        async with serving() as server:
+            for request_id in ("", "a b", "x" * 129, "<b>", "ä", "١"):
+                answer = await self.get(server.url, headers={"X-Request-Id": request_id})
+                self.assertTrue(uuid.UUID(answer.headers["X-Request-Id"]))
+
+    async def test_lists_are_not_stored(self) -> None:
+        """Nobody keeps a copy of the models or the metrics."""
+        async with serving() as server:
+            for path in ("/v1/models", "/metrics"):
+                answer = await self.get(server.url + path)
+                self.assert_headers(answer, {"Cache-Control": "no-store"})
+
+
+class PageHeaders(ServerCase):
+    """The page may do what it needs, and no more."""
+
+    html = (HERE / "index.html").read_bytes()
+
+    async def page(self) -> Answer:
+        async with serving() as server:
+            return await self.get(server.url)
+
+    async def test_the_page(self) -> None:
+        """`GET /` is the file, byte for byte, as HTML in UTF-8."""
+        answer = await self.page()
+        self.assertEqual(answer.body, self.html)
+        self.assert_headers(answer, {"Content-Type": "text/html; charset=utf-8"})
+
+    async def test_the_policy(self) -> None:
+        """The policy allows the page's own script and style by their hashes, and nothing else."""
+        expected = {
+            "default-src 'none'",
+            "connect-src 'self'",
+            "img-src data:",
+            "base-uri 'none'",
+            "form-action 'none'",
+            "frame-ancestors 'none'",
+            "require-trusted-types-for 'script'",
+            "trusted-types 'none'",
+        }
+        for tag in ("script", "style"):
+            (content,) = re.findall(rf"(?s)<{tag}>(.*?)</{tag}>".encode(), self.html)
+            digest = base64.b64encode(hashlib.sha256(content).digest()).decode()
+            expected.add(f"{tag}-src 'sha256-{digest}'")
+        policy = (await self.page()).headers["Content-Security-Policy"]
+        self.assertEqual({part.strip() for part in policy.split(";")}, expected)
+
+    async def test_other_headers(self) -> None:
+        """Nothing leaks to other pages."""
+        answer = await self.page()
+        self.assert_headers(
+            answer,
+            {
+                "Referrer-Policy": "no-referrer",
+                "Cross-Origin-Opener-Policy": "same-origin",
+                "Cross-Origin-Resource-Policy": "same-origin",
+                "Cache-Control": "no-cache",
+            },
+        )
+        self.assertIn("microphone=()", answer.headers["Permissions-Policy"])
+
+    async def test_no_forced_https(self) -> None:
+        """No answer forces HTTPS upon every other port of this host, over HTTPS neither."""
+        with certificate() as own:
+            async with running_program(OPENAI_API_KEY="sk-1", **own.served) as program:
+                answer = await self.get(program.url)
+        self.assertEqual(answer.status, 200)
+        self.assertNotIn("Strict-Transport-Security", answer.headers)
+
+
+# ---- Metrics -----------------------------------------------------------------------------
+
+FIRST_CHUNK = "gen_ai_client_operation_time_to_first_chunk_seconds"
+DURATION = "gen_ai_client_operation_duration_seconds"
+
+
+class Metrics(ServerCase):
+    """GET /metrics, in Prometheus' text format."""
+
+    async def test_names_and_types(self) -> None:
+        """Every metric has its help and its type."""
+        async with serving() as server:
+            answer = await self.get(server.url + "/metrics")
+        self.assertIn("text/plain; version=0.0.4", answer.headers["Content-Type"])
+        found = re.findall(r"# HELP (\w+) .+\n# TYPE \1 (\w+)\n", answer.body.decode())
+        expected = {
+            "chatstream_active_streams": "gauge",
+            "chatstream_draining": "gauge",
+            "chatstream_max_streams": "gauge",
+            "chatstream_streams_total": "counter",
+            "chatstream_events_total": "counter",
+            FIRST_CHUNK: "histogram",
+            DURATION: "histogram",
+        }
+        self.assertEqual(dict(found), expected)
+
+    async def test_buckets(self) -> None:
+        """The buckets are OpenTelemetry's for GenAI, and two more."""
+        async with serving() as server:
+            text = (await self.get(server.url + "/metrics")).body.decode()
+        expected = [0.01 * 2**power for power in range(16)] + [float("inf")]
+        for histogram in (FIRST_CHUNK, DURATION):
+            bounds = re.findall(histogram + r'_bucket\{le="(.+)"\}', text)
+            self.assertEqual([float(bound) for bound in bounds], expected)
+
+    async def test_histograms(self) -> None:
+        """An answer is observed once in each histogram, in every bucket that holds it."""
+        async with serving() as server:
+            await self.ask(server.url)
+            await self.assert_outcomes(server.url, completed=1)
+            metrics = await self.metrics(server.url)
+        for histogram in (FIRST_CHUNK, DURATION):
+            self.assertEqual(metrics[f"{histogram}_count"], 1)
+            self.assertEqual(metrics[histogram + '_bucket{le="+Inf"}'], 1)
+            self.assertEqual(metrics[histogram + '_bucket{le="327.68"}'], 1)
+            self.assertGreater(metrics[f"{histogram}_sum"], 0)
+
+    async def test_a_comment_is_no_first_token(self) -> None:
+        """Neither a comment nor a heartbeat is the first chunk of an answer."""
+        script = pings(count=1000, pause=0.02, ping=b": ping\n\n", then=hangs)
+        async with serving(script, heartbeat_seconds=0.1, idle_seconds=0.4) as server:
+            await self.ask(server.url)
+            await self.assert_outcomes(server.url, timeout=1)
+            self.assertEqual((await self.metrics(server.url))[f"{FIRST_CHUNK}_count"], 0)
+
+    async def test_events(self) -> None:
+        """Each forwarded chunk counts; `[DONE]`, dropped events and heartbeats do not."""
+        script = sends(event(b"{}"), text("a"), text("b"), FINISH, DONE)
+        async with serving(script) as server:
+            await self.ask(server.url)
+            await self.assert_outcomes(server.url, completed=1)
+            self.assertEqual((await self.metrics(server.url))["chatstream_events_total"], 3)
+
+    async def test_active_streams(self) -> None:
+        """The gauge shows how many streams run."""
+        async with serving(sends(SAID, then=hangs)) as server:
+            async with self.asking(server.url), self.asking(server.url):
+                metrics = await self.metrics(server.url)
+                self.assertEqual(metrics["chatstream_active_streams"], 2)
+
+    async def test_max_streams(self) -> None:
+        """The gauge shows how many may run."""
+        async with serving(max_streams=7) as server:
+            self.assertEqual((await self.metrics(server.url))["chatstream_max_streams"], 7)
+
+    async def test_each_request_is_counted_once(self) -> None:
+        """Every POST to the stream routes has one outcome; nothing else has any."""
+        async with serving() as server:
+            await self.ask(server.url)
+            await self.ask(server.url, path=COMPLETIONS, body=HELLO | {"stream": True})
+            await self.ask(server.url, b"{")
+            await self.ask(server.url, headers=site("cross-site"))
+            await self.ask(server.url, headers=name("evil.example"))
+            await self.get(server.url + "/stream")
+            await self.get(server.url + "/healthz", method="POST")
+            await self.assert_outcomes(server.url, completed=2, rejected=3)
+
+    async def test_the_upstreams_faults(self) -> None:
+        """What the upstream did wrong is counted as its error, its 4xx too."""
+        scripts = [responds(500, b""), responds(400, BUSY), sends(), sends(SAID, event(BUSY))]
+        async with serving() as server:
+            for script in scripts:
+                server.upstream.script = script
+                await self.ask(server.url)
+            await self.assert_outcomes(server.url, upstream_error=4)
+
+    async def test_no_label_of_a_client(self) -> None:
+        """Nothing that a client sends becomes a label."""
+        async with serving(model="*") as server:
+            await self.ask(server.url, HELLO | {"model": "label-of-a-client"})
+            text = (await self.get(server.url + "/metrics")).body
+        self.assertNotIn(b"label-of-a-client", text)
+
+
+# ---- The log -----------------------------------------------------------------------------
+
+
+@dataclass
+class Reason:
+    """Why an answer failed, and what the log must say of it."""
+
+    name: str
+    script: Script
+    words: tuple[str, ...]
+
+
+NO_MEMORY = "model requires more system memory (7.5 GiB) than is available (3.1 GiB)"
+
+REASONS = [
+    Reason("Ollama", responds(500, {"error": {"message": NO_MEMORY}}), ("500", NO_MEMORY)),
+    Reason(
+        "llama.cpp",
+        responds(503, {"error": {"message": "Loading model"}}),
+        ("503", "Loading model"),
+    ),
+    Reason(
+        "OpenRouter", responds(502, {"error": {"metadata": {"raw": "why"}}}), ("502", "raw", "why")
+    ),
+    Reason("a list of errors", responds(500, {"errors": ["why"]}), ("500", "why")),
+    Reason("MiniMax", responds(500, {"base_resp": {"status_msg": "why"}}), ("500", "why")),
+    Reason("a wrong base URL", responds(404, b"404 page not found"), ("404", "page not found")),
+    Reason("401", responds(401, BUSY), ("401", "Is OPENAI_API_KEY right?", "Overloaded")),
+    Reason("403", responds(403, {"error": {"message": "region"}}), ("403", "region")),
+    Reason("an error in the stream", sends(SAID, event(BUSY)), ("200", "Overloaded")),
+    Reason("no JSON in the stream", sends(SAID, event(b"nonsense")), ("200", "nonsense")),
+    Reason("a page", sends(b"<html>Sign in"), ("200", "Sign in")),
+    Reason("a break", sends(SAID, then=breaks_off), ("200", "Error")),
+    Reason("a reset", breaks_off, ("Error",)),
+]
+
+
+class Log(ServerCase):
+    """Whoever runs the server learns from its log what happened."""
+
+    async def line_for(
+        self,
+        script: Script,
+        body: bytes | Json = HELLO,
+        *,
+        headers: Headers | None = None,
+        **settings: Any,
+    ) -> str:
+        """The one line of the log for this request."""
+        self.log.records.clear()
+        async with serving(script, **settings) as server:
+            chosen = {"X-Request-Id": "my-id"} | (headers or {})
+            await self.ask(server.url, body, path=COMPLETIONS, headers=chosen)
+            await eventually(lambda: any("my-id" in line for line in self.log.lines))
+        (line,) = [line for line in self.log.lines if "my-id" in line]
+        return line
+
+    async def test_the_line_of_a_good_stream(self) -> None:
+        """A stream has one line: id, outcome, status, events and times."""
+        line = await self.line_for(SAYS_HI, HELLO | {"stream": True})
+        pattern = r"id=my-id outcome=completed status=200 events=2 first=0\.\d+s total=0\.\d+s$"
+        self.assertRegex(line, pattern)
+
+    async def test_reasons(self) -> None:
+        """The line of a failure has the path, the upstream's status and its own words."""
+        for reason in REASONS:
+            with self.subTest(reason.name):
+                line = await self.line_for(reason.script, HELLO | {"stream": True})
+                for word in ("/chat/completions", *reason.words):
+                    self.assertIn(word, line)
+
+    async def test_the_key_is_only_doubted_at_401(self) -> None:
+        """Only a 401 is said to be about the key."""
+        for status in (400, 403, 404, 429, 500):
+            line = await self.line_for(responds(status, BUSY))
+            self.assertNotIn("OPENAI_API_KEY", line)
+
+    async def test_reasons_are_short(self) -> None:
+        """The first 300 characters of the upstream's body are shown, no more."""
+        line = await self.line_for(responds(500, b"y" * 1000))
+        self.assertIn("y" * 300, line)
+        self.assertNotIn("y" * 301, line)
+
+    async def test_reasons_stay_on_one_line(self) -> None:
+        """Control characters of the upstream are escaped."""
+        line = await self.line_for(responds(500, b"one\r\ntwo \x1b[31mthree\x00 \xc2\x85"))
+        self.assertIn("three", line)
+        self.assertTrue(line.isprintable(), repr(line))
+
+    async def test_no_secret_in_reasons(self) -> None:
+        """Key and token are blotted out where the upstream quotes them."""
+        leak = b"sk-secret-1 and token-secret-2 are wrong"
+        for script in (responds(500, leak), responds(400, leak), sends(SAID, event(leak))):
+            line = await self.line_for(
+                script,
+                HELLO | {"stream": True},
+                headers={"Authorization": "Bearer token-secret-2"},
+                api_key="sk-secret-1",
+                token="token-secret-2",
+            )
+            self.assertIn("are wrong", line)
+            self.assertNotIn("secret", line)
+
+    async def test_no_word_of_the_conversation(self) -> None:
+        """What is asked and answered stays out of the log."""
+        private = {"messages": [{"role": "user", "content": "PRIVATE QUESTION"}]}
+        for body in (private, json.dumps(private).encode()[:-1]):
+            await self.line_for(streams("PRIVATE", " ANSWER"), body)
+            self.assertNotIn("PRIVATE", "\n".join(self.log.lines))
+
+    async def test_a_rejection(self) -> None:
+        """What we refused has its line, too."""
+        line = await self.line_for(SAYS_HI, b"{")
+        self.assertIn("outcome=rejected status=400", line)
+        self.assertIn("invalid_json", line)
+
+
+class Faults(ServerCase):
+    """What a client or an upstream does wrong leaves no traceback. (The harness looks.)"""
+
+    async def test_malformed_http(self) -> None:
+        """A request that is no HTTP gets a 400, and the program lives on."""
+        async with running_program(OPENAI_API_KEY="sk-1") as program:
+            for request in (
+                b"GET / HTTP/9\r\n\r\n",
+                b"\x16\x03\x01\x02\r\n\r\n",
+                b"nonsense\r\n\r\n",
+            ):
+                async with connected(program.url) as client:
+                    client.send(request)
+                    self.assertIn(b" 400 ", await client.read_until(b"\r\n"))
+            self.assertEqual((await self.get(program.url + "/healthz")).status, 200)
+            exited = await program.stop()
+        self.assertEqual(exited.status, 0)
+
+    async def test_clients_that_reset(self) -> None:
+        """Clients that reset right after their request, over TLS, are gone, not faults of ours."""
+        with certificate() as own:
+            async with scripted_upstream(streams("x" * 20_000)) as upstream:
+                environ = {"OPENAI_BASE_URL": upstream.url} | own.served
+                async with running_program(**environ) as program:
+                    for _ in range(60):
+                        async with connected(program.url, tls=CLIENT_TLS) as client:
+                            client.send(http_request(HELLO))
+                            # Sent, and gone at once: a reset is a close with linger time 0.
+                            linger = struct.pack("ii", 1, 0)
+                            sock = client.writer.get_extra_info("socket")
+                            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                            client.leave()
+                    exited = await program.stop()
+        self.assertNotIn("outcome=failed", exited.stderr)
+
+
+# ---- Settings ----------------------------------------------------------------------------
+
+
+@dataclass
+class Setting:
+    """A row of the contract's table: the default, and another value that is allowed."""
+
+    variable: str
+    default: object
+    text: str
+    value: object
+    is_secret: bool = False
+
+    @property
+    def field(self) -> str:
+        return self.variable.partition("_")[2].lower()
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.field.replace("_", "-")
+
+
+SETTINGS = [
+    Setting("OPENAI_API_KEY", "", "sk-1", "sk-1", is_secret=True),
+    Setting("OPENAI_BASE_URL", "", "http://[::1]:8000/v1", "http://[::1]:8000/v1"),
+    Setting("OPENAI_MODEL", ("gpt-4o-mini",), "a, b,*", ("a", "b", "*")),
+    Setting("CHATSTREAM_HOST", "127.0.0.1", "::1", "::1"),
+    Setting("CHATSTREAM_PORT", 8080, "65535", 65535),
+    Setting("CHATSTREAM_TOKEN", "", "t0k-en", "t0k-en", is_secret=True),
+    Setting("CHATSTREAM_ALLOWED_HOSTS", (), "a.example, b", ("a.example", "b")),
+    Setting("CHATSTREAM_MAX_STREAMS", 1000, "1", 1),
+    Setting("CHATSTREAM_MAX_BODY_BYTES", 1048576, "1", 1),
+    Setting("CHATSTREAM_MAX_EVENT_BYTES", 1048576, "1", 1),
+    Setting("CHATSTREAM_CONNECT_SECONDS", 5, "0.5", 0.5),
+    Setting("CHATSTREAM_IDLE_SECONDS", 300, "0.5", 0.5),
+    Setting("CHATSTREAM_WRITE_SECONDS", 30, "0.5", 0.5),
+    Setting("CHATSTREAM_HEARTBEAT_SECONDS", 10, "0.5", 0.5),
+    Setting("CHATSTREAM_DRAIN_SECONDS", 30, "0", 0),
+    Setting("CHATSTREAM_REUSE_PORT", False, "true", True),
+]
+
+
+@dataclass
+class Refused:
+    """A set-up that must not start, and words of the message that shows the way out."""
+
+    name: str
+    environ: dict[str, str]
+    words: tuple[str, ...]
+    flags: tuple[str, ...] = ()
+
+
+def refused(variable: str, value: str, *words: str) -> Refused:
+    return Refused(f"{variable}={value}", {variable: value}, (variable_or_flag(variable), *words))
+
+
+def variable_or_flag(variable: str) -> str:
+    """A part that the setting's variable and its flag have in common, in any case."""
+    return variable.partition("_")[2].replace("_", ".")
+
+
+REFUSED = [
+    refused("CHATSTREAM_PORT", "65536", "65536", "65535"),
+    refused("CHATSTREAM_PORT", "http", "http"),
+    refused("CHATSTREAM_PORT", "-1", "-1"),
+    refused("CHATSTREAM_PORT", "8.5", "8.5"),
+    refused("CHATSTREAM_MAX_STREAMS", "0", "'0'"),
+    refused("CHATSTREAM_MAX_STREAMS", "many", "many"),
+    refused("CHATSTREAM_MAX_BODY_BYTES", "1e6", "1e6"),
+    refused("CHATSTREAM_MAX_EVENT_BYTES", "-5", "-5"),
+    refused("CHATSTREAM_CONNECT_SECONDS", "0", "'0'"),
+    refused("CHATSTREAM_IDLE_SECONDS", "0", "'0'"),
+    refused("CHATSTREAM_WRITE_SECONDS", "nan", "nan"),
+    refused("CHATSTREAM_HEARTBEAT_SECONDS", "inf", "inf"),
+    refused("CHATSTREAM_DRAIN_SECONDS", "-1", "-1"),
+    refused("CHATSTREAM_REUSE_PORT", "maybe", "maybe"),
+    refused("OPENAI_MODEL", ",", "','"),
+    refused("OPENAI_BASE_URL", "ftp://x/v1", "ftp://x/v1"),
+    refused("OPENAI_BASE_URL", "localhost:8000", "localhost:8000"),
+    refused("OPENAI_BASE_URL", "http://x:99999/v1", "99999"),
+    refused("OPENAI_BASE_URL", "http://[::::]/v1", "::::"),
+    refused("OPENAI_BASE_URL", f"http://{'x' * 64}.example/v1", "x" * 64),
+    refused("OPENAI_BASE_URL", "http://x/v1/chat/completions", "/chat/completions"),
+    refused("OPENAI_BASE_URL", "http://x/v1/chat/completions/", "/chat/completions"),
+    refused("CHATSTREAM_ALLOWED_HOSTS", "https://chat.example.org", "https://chat.example.org"),
+    refused("CHATSTREAM_ALLOWED_HOSTS", "*", "'*'"),
+    refused("CHATSTREAM_ALLOWED_HOSTS", "a.example/x", "a.example/x"),
+    Refused("a public host", {"CHATSTREAM_HOST": "0.0.0.0"}, ("0.0.0.0", "CHATSTREAM_TOKEN")),
+    Refused(
+        "a host that begins like loopback",
+        {"CHATSTREAM_HOST": "localhost.evil.example"},
+        ("localhost.evil.example", "CHATSTREAM_TOKEN"),
+    ),
+    Refused(
+        "a host that ends like loopback",
+        {"CHATSTREAM_HOST": "evil-localhost"},
+        ("evil-localhost", "CHATSTREAM_TOKEN"),
+    ),
+    Refused("a certificate alone", {"CHATSTREAM_TLS_CERT": "/x"}, ("CHATSTREAM_TLS_KEY",)),
+    Refused("a key alone", {"CHATSTREAM_TLS_KEY": "/x"}, ("CHATSTREAM_TLS_CERT",)),
+    Refused("a flag without its value", {}, ("port",), flags=("--port",)),
+    Refused("a bad flag beside a good variable", {"CHATSTREAM_PORT": "1"}, ("'y'",), ("--port=y",)),
+    Refused("an unknown flag", {}, ("--colour",), flags=("--colour", "blue")),
+    Refused("a flag cut short", {}, ("--max-st",), flags=("--max-st", "5")),
+]
+
+
+class ReadSettings(unittest.TestCase):
+    """Settings come from flags, else from variables, else from defaults."""
+
+    def refusal(self, environ: dict[str, str], flags: tuple[str, ...] = ()) -> str:
+        """What stderr says when the program does not start."""
+        stderr = io.StringIO()
+        with redirect_stderr(stderr), self.assertRaises(SystemExit) as caught:
+            read_settings(environ, list(flags))
+        self.assertEqual(caught.exception.code, 2)
+        return stderr.getvalue()
+
+    def test_defaults(self) -> None:
+        """Every setting has the default of the contract."""
+        settings = read_settings({}, [])
+        for setting in SETTINGS:
+            with self.subTest(setting.variable):
+                self.assertEqual(getattr(settings, setting.field), setting.default)
+
+    def test_variables(self) -> None:
+        """Every setting can be made by its variable."""
+        for setting in SETTINGS:
+            with self.subTest(setting.variable):
+                settings = read_settings({setting.variable: setting.text}, [])
+                self.assertEqual(getattr(settings, setting.field), setting.value)
+
+    def test_flags(self) -> None:
+        """Every setting that is no secret can be made by its flag, which beats its variable."""
+        for setting in SETTINGS:
+            if not setting.is_secret:
+                with self.subTest(setting.flag):
+                    default = setting.default
+                    text = ",".join(default) if isinstance(default, tuple) else str(default)
+                    flags = [setting.flag, setting.text]
+                    settings = read_settings({setting.variable: text}, flags)
+                    self.assertEqual(getattr(settings, setting.field), setting.value)
+
+    def test_empty_variables(self) -> None:
+        """A variable that is set but empty counts as not set."""
+        settings = read_settings({setting.variable: "" for setting in SETTINGS}, [])
+        self.assertEqual(settings, read_settings({}, []))
+
+    def test_the_connect_limit_is_below_the_heartbeat(self) -> None:
+        """By default a connection fails before a heartbeat would make it a 200."""
+        settings = read_settings({}, [])
+        self.assertLess(settings.connect_seconds, settings.heartbeat_seconds)
+
+    def test_refusals(self) -> None:
+        """A bad or dangerous set-up does not start; the message shows the way out."""
+        for row in REFUSED:
+            with self.subTest(row.name):
+                message = self.refusal(row.environ, row.flags)
+                last_line = message.splitlines()[-1]
+                for word in row.words:
+                    self.assertIn(word.lower().replace(".", ""), flat(last_line))
+
+    def test_messages_of_their_own(self) -> None:
+        """Each refusal has a message of its own."""
+        messages = [self.refusal(row.environ, row.flags).splitlines()[-1] for row in REFUSED]
+        self.assertEqual(len(set(messages)), len(messages))
+
+    def test_secrets_are_not_shown(self) -> None:
+        """No message shows a secret: a key, a token, a password in a URL, an unknown flag."""
+        for environ, flags in (
+            ({"OPENAI_API_KEY": "s3cret\nkey"}, ()),
+            ({"CHATSTREAM_TOKEN": "s3cret tökn"}, ()),
+            ({"OPENAI_BASE_URL": "http://me:s3cret@host/v1"}, ()),
+            ({}, ("--base-url=http://me:s3cret@host/v1",)),
+            ({}, ("--token=s3cret",)),
+            ({}, ("--api-key", "s3cret")),
+        ):
+            with self.subTest(environ, flags=flags):
+                self.assertNotIn("s3cret", self.refusal(environ, flags))
+
+    def test_help(self) -> None:
+        """--help shows every flag, its default and its variable."""
+        stdout = io.StringIO()
+        with redirect_stdout(stdout), self.assertRaises(SystemExit) as caught:
+            read_settings({}, ["--help"])
+        self.assertEqual(caught.exception.code, 0)
+        text = re.sub(r"\s+", " ", stdout.getvalue())
+        for setting in SETTINGS:
+            with self.subTest(setting.variable):
+                self.assertIn(setting.variable, text)
+                if not setting.is_secret:
+                    default = setting.default
+                    shown = ",".join(default) if isinstance(default, tuple) else str(default)
+                    self.assertIn(setting.flag, text)
+                    self.assertIn(f"{setting.variable}={shown}".lower(), text.lower())
+
+
+def flat(line: str) -> str:
+    """In lower case, with `_`, `-` and `.` dropped: a flag and its variable read the same."""
+    return re.sub(r"[._-]", "", line.lower())
+
+
+# ---- The start ---------------------------------------------------------------------------
+
+
+class Start(ServerCase):
+    """`python chatstream.py`"""
+
+    async def test_the_address(self) -> None:
+        """The first line says where it listens."""
+        async with running_program(OPENAI_API_KEY="sk-1") as program:
+            self.assertRegex(program.stdout, r"http://127\.0\.0\.1:\d+\s")
+            self.assertEqual((await self.get(program.url + "/healthz")).status, 200)
+
+    async def test_https(self) -> None:
+        """With a certificate and its key it serves HTTPS."""
+        with certificate() as own:
+            async with running_program(OPENAI_API_KEY="sk-1", **own.served) as program:
+                self.assertTrue(program.url.startswith("https://"))
+                self.assertEqual((await self.get(program.url + "/healthz")).status, 200)
+
+    async def test_a_port_in_use(self) -> None:
+        """A port that is in use stops the start, with a message about the port alone."""
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            exited = await failed_start(CHATSTREAM_PORT=str(port))
+        self.assertEqual((exited.status, exited.stdout), (2, ""))
+        self.assertIn(str(port), exited.stderr)
+        self.assertNotIn("TLS", exited.stderr)
+
+    async def test_an_address_that_is_not_ours(self) -> None:
+        """An address of another machine stops the start."""
+        settings = {"CHATSTREAM_HOST": "192.0.2.1", "CHATSTREAM_TOKEN": "t"}
+        exited = await failed_start(**settings)
+        self.assertEqual(exited.status, 2)
+        self.assertIn("192.0.2.1", exited.stderr)
+
+    async def test_a_missing_certificate(self) -> None:
+        """A certificate that cannot be read stops the start, and is named."""
+        files = {"CHATSTREAM_TLS_CERT": "/no/cert.pem", "CHATSTREAM_TLS_KEY": "/no/key.pem"}
+        exited = await failed_start(**files)
+        self.assertEqual(exited.status, 2)
+        self.assertIn("CHATSTREAM_TLS_CERT", exited.stderr)
+
+    async def test_a_key_with_a_password(self) -> None:
+        """A key with a password is refused; nobody is asked for it at the terminal."""
+        cipher = "DEK-Info: AES-128-CBC,00112233445566778899AABBCCDDEEFF"
+        encrypted = PEM.replace("-\n", f"-\nProc-Type: 4,ENCRYPTED\n{cipher}\n\n", 1)
+        # A session of its own makes the terminal below the one that OpenSSL would ask at.
+        code = "import os, runpy; os.open(os.ttyname(0), os.O_RDWR)"
+        code += "; runpy.run_path('chatstream.py', run_name='__main__')"
+        our_end, terminal = pty.openpty()
+        with open(our_end, "rb", buffering=0), open(terminal, "rb", buffering=0):
+            os.set_blocking(our_end, False)
+            with certificate(encrypted) as own:
+                async with process(
+                    "-c", code, environment=own.served, stdin=terminal, new_session=True
+                ) as program:
+                    exited = await program.exit()
+            with self.assertRaises(BlockingIOError):
+                os.read(our_end, 100)
+        self.assertEqual(exited.status, 2)
+        self.assertIn("password", exited.stderr)
+
+    async def test_a_shared_port(self) -> None:
+        """With CHATSTREAM_REUSE_PORT several processes listen on one port."""
+        async with running_program("--reuse-port") as one:
+            port = one.url.rpartition(":")[2]
+            async with running_program(CHATSTREAM_PORT=port, CHATSTREAM_REUSE_PORT="true") as two:
+                self.assertEqual(one.url, two.url)
+
+    async def test_started_through_a_link(self) -> None:
+        """Started through a symbolic link it finds its page."""
+        with tempfile.TemporaryDirectory() as folder:
+            link = Path(folder, "chatstream.py")
+            link.symlink_to(HERE / "chatstream.py")
+            async with process(str(link), environment={"CHATSTREAM_PORT": "0"}) as program:
+                line = await program.read_line()
+                url = line.split()[-1]
+                self.assertEqual((await self.get(url)).body, PageHeaders.html)
+
+    async def test_open_files(self) -> None:
+        """The limit of open files is raised as far as the system allows."""
+        soft_limit = "ulimit -S -n 100;"
+        environ = {"CHATSTREAM_PORT": "0", "CHATSTREAM_MAX_STREAMS": "200"}
+        async with process("chatstream.py", environment=environ, prefix=soft_limit) as program:
+            url = (await program.read_line()).split()[-1]
+            metrics = await self.metrics(url)
+            self.assertEqual(metrics["chatstream_max_streams"], 200)
+
+    async def test_few_open_files(self) -> None:
+        """Where the system allows few open files, no more streams are admitted than fit, and
+        one line says so with the remedy."""
+        hard_limit = "ulimit -n 72;"
+        environ = {"CHATSTREAM_PORT": "0"}
+        async with process("chatstream.py", environment=environ, prefix=hard_limit) as program:
+            url = (await program.read_line()).split()[-1]
+            metrics = await self.metrics(url)
+            self.assertIn(metrics["chatstream_max_streams"], range(1, 36))
+            exited = await program.stop()
+        (line,) = [line for line in exited.stderr.splitlines() if "ulimit" in line]
+        self.assertIn("72", line)
+
+
+class OpenFiles(ServerCase):
+    async def test_no_files_left(self) -> None:
+        """When no files are left for the upstream, that is our limit, not its fault: 503."""
+        environ = {"CHATSTREAM_PORT": "0"}
+        async with (
+            scripted_upstream(sends(SAID, then=hangs)) as upstream,
+            AsyncExitStack() as open_,
+        ):
+            environ["OPENAI_BASE_URL"] = upstream.url
+            program = await open_.enter_async_context(
+                process("chatstream.py", environment=environ, prefix="ulimit -n 72;")
+            )
+            url = (await program.read_line()).split()[-1]
+            running = await open_.enter_async_context(self.asking(url))
+            client = await open_.enter_async_context(connected(url))
+            files = Path(f"/proc/{program.process.pid}/fd")
+            while len(list(files.iterdir())) < 72:
+                await open_.enter_async_context(connected(url))
+                await asyncio.sleep(0.005)
+            client.send(http_request(HELLO))
+            answer = await client.read_until(b"}}")
+            self.assertIn(b"HTTP/1.1 503 ", answer)
+            self.assertIn(b"too_many_streams", answer)
+            self.assertEqual(await running.content.readuntil(b"\n\n"), SAID)
+            # asyncio itself logs that it cannot accept; more than now and then would fill a disk.
+            self.assertLess(program.stderr.count("\n"), 100)
+            program.process.kill()
+
+
+# ---- Drain -------------------------------------------------------------------------------
+
+
+def accepts_connections(url: str) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", urlsplit(url).port or 0)).close()
+    except OSError:
+        return False
+    return True
+
+
+class Drain(ServerCase):
+    """SIGTERM or SIGINT ends the program without cutting off an answer."""
+
+    @asynccontextmanager
+    async def program(self, script: Script, **settings: object) -> AsyncIterator[Program]:
+        """The program, in front of `self.upstream`."""
+        async with scripted_upstream(script) as self.upstream:
+            environ = {variable(name): str(value) for name, value in settings.items()}
+            async with running_program(OPENAI_BASE_URL=self.upstream.url, **environ) as program:
+                yield program
+
+    async def until_it_drains(self, url: str) -> None:
+        """Waits until nobody can connect any more."""
+        await eventually(lambda: not accepts_connections(url))
+
+    async def test_idle(self) -> None:
+        """With no request in flight it ends at once, with status 0, idle connections or not."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            async with self.program(SAYS_HI) as program, connected(program.url) as idle:
+                idle.send(http_request(line="GET /healthz HTTP/1.1"))
+                await idle.read_until(b"ok")
+                program.signal(number)
+                self.assertEqual((await program.exit()).status, 0)
+
+    async def test_without_signal_handlers_of_the_loop(self) -> None:
+        """So it does where the loop has no signal handlers, as on Windows."""
+        code = "import asyncio, runpy; asyncio.SelectorEventLoop.add_signal_handler = None"
+        code += "; runpy.run_path('chatstream.py', run_name='__main__')"
+        async with process("-c", code, environment={"CHATSTREAM_PORT": "0"}) as program:
+            await program.read_line()
+            program.signal(signal.SIGINT)
+            self.assertEqual((await program.exit()).status, 0)
+
+    async def test_running_streams_go_on(self) -> None:
+        """A running stream ends as it would have, and the program after it."""
+        go_on = asyncio.Event()
+
+        async def script(call: Call) -> None:
+            await call.send_head()
+            await call.send(SAID)
+            await go_on.wait()
+            await call.send(FINISH + DONE)
+
+        async with self.program(script) as program, self.asking(program.url) as response:
+            await response.content.readuntil(b"\n\n")
+            program.signal(signal.SIGTERM)
+            await self.until_it_drains(program.url)
+            go_on.set()
+            self.assertEqual(await response.read(), FINISH + DONE)
+            exited = await program.exit()
+        self.assertEqual(exited.status, 0)
+        self.assertIn("outcome=completed", exited.stderr)
+
+    async def test_running_whole_answers_go_on(self) -> None:
+        """So does a whole answer."""
+        go_on = asyncio.Event()
+        script = waits_for(go_on, responds(200, WHOLE_ANSWER))
+        async with self.program(script) as program:
+            asking = asyncio.create_task(self.ask(program.url, path=COMPLETIONS))
+            await self.upstream.next_call()
+            program.signal(signal.SIGTERM)
+            await self.until_it_drains(program.url)
+            go_on.set()
+            self.assertEqual((await asking).json, WHOLE_ANSWER)
+            self.assertEqual((await program.exit()).status, 0)
+
+    async def test_other_requests_go_on(self) -> None:
+        """So does a list of models that the upstream is slow to send."""
+        go_on = asyncio.Event()
+        script = waits_for(go_on, responds(200, {"data": [{"id": "a"}]}))
+        async with self.program(script, model="*") as program:
+            asking = asyncio.create_task(self.get(program.url + "/v1/models"))
+            await self.upstream.next_call()
+            program.signal(signal.SIGTERM)
+            await self.until_it_drains(program.url)
+            await asyncio.sleep(0.5)  # longer than aiohttp would wait by itself
+            go_on.set()
+            self.assertEqual((await asking).json["data"][0]["id"], "a")
+            self.assertEqual((await program.exit()).status, 0)
+
+    async def test_what_a_draining_server_answers(self) -> None:
+        """On open connections /readyz says 503, /healthz 200, and a new request is refused."""
+        async with self.program(sends(SAID, then=hangs), drain_seconds=60) as program:
+            async with self.asking(program.url), AsyncExitStack() as open_:
+                requests = {
+                    "ready": http_request(line="GET /readyz HTTP/1.1"),
+                    "healthy": http_request(line="GET /healthz HTTP/1.1"),
+                    "page": http_request(line="GET / HTTP/1.1"),
+                    "stream": http_request(HELLO),
+                    "metrics": http_request(line="GET /metrics HTTP/1.1"),
+                }
+                clients = {}
+                for request in requests:
+                    client = await open_.enter_async_context(connected(program.url))
+                    client.send(http_request(line="GET /healthz HTTP/1.1"))
+                    await client.read_until(b"ok")
+                    clients[request] = client
+                program.signal(signal.SIGTERM)
+                await self.until_it_drains(program.url)
+                answers = {}
+                for request, client in clients.items():
+                    client.send(requests[request])
+                    answers[request] = (await client.read_to_end()).decode()
+                self.assertIn(" 503 ", answers["ready"])
+                self.assertIn(" 200 ", answers["healthy"])
+                self.assertIn(" 503 ", answers["page"])
+                self.assertIn("chatstream_draining 1", answers["metrics"])
+                refusal = answers["stream"]
+                for word in (" 503 ", "server_draining", "Retry-After: 1", "Connection: close"):
+                    self.assertIn(word.lower(), refusal.lower())
+
+    async def test_a_half_sent_body(self) -> None:
+        """A request whose body is not here yet gets 503 at once."""
+        async with self.program(SAYS_HI) as program, connected(program.url) as client:
+            client.send(http_request(HELLO)[:-5])
+            # The server has read the head when it answers another request.
+            await self.get(program.url + "/healthz")
+            program.signal(signal.SIGTERM)
+            answer = await client.read_to_end()
+            self.assertIn(b"HTTP/1.1 503 ", answer)
+            self.assertIn(b"server_draining", answer)
+            self.assertEqual((await program.exit()).status, 0)
+
+    async def test_the_deadline_of_a_stream(self) -> None:
+        """A stream that is left at the deadline is told in-band, and counted as drained."""
+        script = sends(SAID, then=hangs)
+        async with self.program(script, drain_seconds=0.3) as program:
+            async with self.asking(program.url) as response:
+                await response.content.readuntil(b"\n\n")
+                program.signal(signal.SIGTERM)
+                rest = Answer(200, response.headers, await response.read())
+            exited = await program.exit()
+        self.assertEqual(rest.error["code"], "server_draining")
+        self.assertEqual(exited.status, 0)
+        self.assertIn("outcome=drained", exited.stderr)
+
+    async def test_the_deadline_before_the_first_byte(self) -> None:
+        """One that has sent nothing yet gets 503, and is not paid a second time."""
+        for path in ("/stream", COMPLETIONS):
+            async with self.program(says_nothing, drain_seconds=0.3) as program:
+                asking = asyncio.create_task(self.ask(program.url, path=path))
+                await self.upstream.next_call()
+                program.signal(signal.SIGTERM)
+                answer = await asking
+                exited = await program.exit()
+            self.assertEqual((answer.status, answer.error["code"]), (503, "server_draining"))
+            self.assert_headers(answer, {"X-Should-Retry": "false"})
+            self.assertEqual(exited.status, 0)
+            self.assertIn("outcome=drained", exited.stderr)
+
+    async def test_no_drain_time(self) -> None:
+        """A drain time of 0 tells everybody at once."""
+        async with self.program(sends(SAID, then=hangs), drain_seconds=0) as program:
+            async with self.asking(program.url) as response:
+                await response.content.readuntil(b"\n\n")
+                program.signal(signal.SIGTERM)
+                self.assertIn(b"server_draining", await response.read())
+            self.assertEqual((await program.exit()).status, 0)
+
+    async def test_a_stalled_client_stops_nobody(self) -> None:
+        """A client that reads nothing cannot stop the end."""
+        async with self.program(floods, drain_seconds=0.3) as program:
+            async with connected(program.url, receive_buffer=4096) as client:
+                client.send(http_request(HELLO))
+                await client.read_until(b"200 OK")
+                program.signal(signal.SIGTERM)
+                self.assertEqual((await program.exit()).status, 0)
+
+    async def test_a_slow_client_that_resets_at_the_deadline(self) -> None:
+        """A slow client that resets while it is being told leaves no traceback."""
+        async with self.program(floods, drain_seconds=0.3) as program:
+            async with connected(program.url, receive_buffer=4096) as client:
+                client.send(http_request(HELLO))
+                await client.read_until(b"200 OK")
+                program.signal(signal.SIGTERM)
+                await asyncio.sleep(0.7)
+                client.leave()
+                self.assertEqual((await program.exit()).status, 0)
+
+    async def test_the_tail_of_a_whole_answer(self) -> None:
+        """A client that still takes the tail of a complete answer at the deadline is not told
+        that it is broken."""
+        script = sends(text("x" * 900_000), FINISH, DONE)
+        async with self.program(script, drain_seconds=0.2) as program:
+            async with connected(program.url, receive_buffer=4096) as client:
+                client.send(http_request(HELLO, headers={"Connection": "close"}))
+                await client.read_until(b"200 OK")
+                program.signal(signal.SIGTERM)
+                await self.until_it_drains(program.url)
+                answer = await client.read_until(b"[DONE]\n\n\r\n0\r\n\r\n")
+                self.assertNotIn(b"server_draining", answer)
+                self.assertEqual((await program.exit()).status, 0)
+
+    async def test_a_second_signal(self) -> None:
+        """A second signal ends it at once, with status 1; the log is not lost."""
+        async with self.program(sends(SAID, then=hangs), drain_seconds=60) as program:
+            async with self.asking(program.url) as left, self.asking(program.url) as stays:
+                await left.content.readuntil(b"\n\n")
+                await stays.content.readuntil(b"\n\n")
+                program.signal(signal.SIGINT)
+                await self.until_it_drains(program.url)
+                left.close()
+                await eventually(lambda: "outcome=client_gone" in program.stderr)
+                await asyncio.sleep(0.6)
+                program.signal(signal.SIGINT)
+                self.assertEqual((await program.exit()).status, 1)
+
+    async def test_one_key_press_that_comes_twice(self) -> None:
+        """A second signal within half a second is the same key press, passed on by a wrapper."""
+        go_on = asyncio.Event()
+
+        async def script(call: Call) -> None:
+            await call.send_head()
+            await call.send(SAID)
+            await go_on.wait()
+            await call.send(FINISH + DONE)
+
+        async with self.program(script) as program, self.asking(program.url) as response:
+            await response.content.readuntil(b"\n\n")
+            program.signal(signal.SIGINT)
+            program.signal(signal.SIGTERM)
+            await self.until_it_drains(program.url)
+            go_on.set()
+            self.assertEqual(await response.read(), FINISH + DONE)
+            self.assertEqual((await program.exit()).status, 0)
+
+    async def test_broken_outputs(self) -> None:
+        """Whatever becomes of stdout and stderr, it serves, drains and ends with status 0."""
+        reading_end, broken_pipe = os.pipe()
+        os.close(reading_end)
+        self.addCleanup(os.close, broken_pipe)
+        redirections = {
+            "full": ">/dev/full 2>/dev/full",
+            "closed": ">&- 2>&-",
+            "only stderr closed": "2>&-",
+            "a broken pipe": "2>&1",
+        }
+        for broken, redirection in redirections.items():
+            with self.subTest(broken):
+                stdout = broken_pipe if broken == "a broken pipe" else subprocess.DEVNULL
+                await self.serve_and_drain(redirection, stdout)
+
+    async def serve_and_drain(self, redirection: str, stdout: int) -> None:
+        with socket.socket() as reserved:
+            # Bound, but not listening: it keeps a port for the program, which shares it.
+            reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            reserved.bind(("127.0.0.1", 0))
+            port = reserved.getsockname()[1]
+            url = f"http://127.0.0.1:{port}"
+            async with scripted_upstream(SAYS_HI) as upstream:
+                environ = {
+                    "OPENAI_BASE_URL": upstream.url,
+                    "OPENAI_MODEL": "模型",
+                    "PYTHONIOENCODING": "ascii",
+                    "CHATSTREAM_PORT": str(port),
+                    "CHATSTREAM_REUSE_PORT": "true",
+                }
+                async with process(
+                    "chatstream.py", environment=environ, redirection=redirection, stdout=stdout
+                ) as program:
+                    await eventually(lambda: accepts_connections(url))
+                    self.assertTrue((await self.ask(url)).is_complete)
+                    self.assertEqual((await program.stop()).status, 0)
+
+
+# ---- The demo ----------------------------------------------------------------------------
+
+DEMO_MODELS = ["demo", "demo-slow-start", "demo-cut-off", "demo-error", "demo-rate-limit"]
+
+
+@dataclass
+class DemoAnswers:
+    """What the demo answered to each of its models, and all else that a test wants to see."""
+
+    listed: list[str]
+    streamed: dict[str, Answer]
+    whole: Answer
+    parts: Answer
+    exited: Exit
+
+
+class Demo(ServerCase):
+    """With neither key nor base URL, the program answers by itself."""
+
+    cached: DemoAnswers | None = None
+
+    async def demo(self) -> DemoAnswers:
+        """Asks everything in one run, and only once: the demo takes its time, like a model."""
+        if Demo.cached:
+            return Demo.cached
+        # The demo must work behind a proxy, too.
+        proxy = {"http_proxy": "http://127.0.0.1:1", "no_proxy": ""}
+        parts = [{"type": "text", "text": "Say hello"}, {"type": "image_url", "image_url": {}}]
+        with_parts = {"messages": [{"role": "user", "content": parts}]}
+        async with running_program("--heartbeat-seconds", "0.3", **proxy) as program:
+            models = await self.get(program.url + "/v1/models")
+            asked = [self.ask(program.url, HELLO | {"model": model}) for model in DEMO_MODELS]
+            asked.append(self.ask(program.url, path=COMPLETIONS))
+            asked.append(self.ask(program.url, with_parts))
+            *streamed, whole, parts_answer = await asyncio.gather(*asked)
+            exited = await program.stop()
+        Demo.cached = DemoAnswers(
+            listed=[model["id"] for model in models.json["data"]],
+            streamed=dict(zip(DEMO_MODELS, streamed, strict=True)),
+            whole=whole,
+            parts=parts_answer,
+            exited=exited,
+        )
+        return Demo.cached
+
+    async def test_models(self) -> None:
+        """Its models show what goes wrong in real life."""
+        self.assertEqual((await self.demo()).listed, DEMO_MODELS)
+
+    async def test_the_answer(self) -> None:
+        """It says that it is a demo, what to set to leave it, and echoes what it was asked."""
+        answer = (await self.demo()).streamed["demo"]
+        self.assertTrue(answer.is_complete)
+        for word in ("demo", "OPENAI_API_KEY", "OPENAI_BASE_URL", "Hello"):
+            self.assertIn(word, answer.text)
+
+    async def test_the_answer_is_worth_reading(self) -> None:
+        """It is Markdown of some fifteen lines, with a list, a table and code."""
+        text = (await self.demo()).streamed["demo"].text
+        self.assertGreater(len(text.splitlines()), 12)
+        self.assertRegex(text, r"(?m)^([-*]|\d+\.) ")
+        self.assertRegex(text, r"(?m)^\|.*\|$")
+        self.assertEqual(text.count("```"), 2)
+
+    async def test_chunks(self) -> None:
+        """Its chunks have all that OpenAI's have."""
+        answer = (await self.demo()).streamed["demo"]
+        chunks = [json.loads(payload) for payload in answer.payloads[:-1]]
+        self.assertEqual(len({chunk["id"] for chunk in chunks}), 1)
+        for chunk in chunks:
+            self.assertEqual(chunk["object"], "chat.completion.chunk")
+            self.assertEqual(chunk["model"], "demo")
+            self.assertIsInstance(chunk["created"], int)
+        self.assertEqual(chunks[0]["choices"][0]["delta"]["role"], "assistant")
+        self.assertEqual(chunks[-1]["choices"][0]["finish_reason"], "stop")
+
+    async def test_a_whole_answer(self) -> None:
+        """A request that does not ask for a stream gets a whole answer."""
+        answer = (await self.demo()).whole
+        self.assertEqual((answer.status, answer.json["object"]), (200, "chat.completion"))
+        choice = answer.json["choices"][0]
+        self.assertEqual(
+            (choice["message"]["role"], choice["finish_reason"]), ("assistant", "stop")
+        )
+        self.assertIn("demo", choice["message"]["content"])
+        self.assertTrue({"id", "created", "model"} <= set(answer.json))
+
+    async def test_a_list_of_parts(self) -> None:
+        """Of a content that is a list of parts, it echoes the text."""
+        text = (await self.demo()).parts.text
+        self.assertIn("Say hello", text)
+        self.assertNotIn("{'", text)
+
+    async def test_a_slow_start(self) -> None:
+        """`demo-slow-start` is silent until a heartbeat has come, and then answers."""
+        answer = (await self.demo()).streamed["demo-slow-start"]
+        self.assertTrue(answer.body.startswith(KEEP_ALIVE))
+        self.assertTrue(answer.is_complete)
+
+    async def test_a_cut(self) -> None:
+        """`demo-cut-off` is truncated."""
+        answer = (await self.demo()).streamed["demo-cut-off"]
+        self.assertEqual((answer.status, answer.error["code"]), (200, "stream_truncated"))
+
+    async def test_an_error(self) -> None:
+        """`demo-error` fails half-way."""
+        answer = (await self.demo()).streamed["demo-error"]
+        self.assertGreater(len(answer.payloads), 3)
+        self.assertTrue(answer.error["code"])
+
+    async def test_a_rate_limit(self) -> None:
+        """`demo-rate-limit` is a 429 with Retry-After."""
+        answer = (await self.demo()).streamed["demo-rate-limit"]
+        self.assertEqual(answer.status, 429)
+        self.assertGreater(int(answer.headers["Retry-After"]), 0)
+
+    async def test_the_start_says_so(self) -> None:
+        """The program says at its start that it is the demo."""
+        exited = (await self.demo()).exited
+        self.assertEqual(exited.status, 0)
+        self.assertIn("demo", exited.stdout)
+
+    async def test_who_leaves_and_who_pokes(self) -> None:
+        """A client that leaves, and whoever pokes at the demo's own port, leave no traceback."""
+        async with running_program() as program:
+            async with self.asking(program.url) as response:
+                await response.content.readuntil(b"\n\n")
+            for port in listening_ports(program.process.pid):
+                if port != urlsplit(program.url).port:
+                    answer = await self.get(f"http://127.0.0.1:{port}/")
+                    self.assertEqual(answer.status, 400)
+                    poke = self.ask(f"http://127.0.0.1:{port}", b"[]", path="/v1/chat/completions")
+                    self.assertEqual((await poke).status, 400)
+            exited = await program.stop()
+        self.assertEqual(exited.status, 0)
+
+
+def listening_ports(pid: int) -> list[int]:
+    """The ports that a process listens on, as Linux tells them."""
+    sockets = set()
+    for file in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):
+            sockets.add(os.readlink(file))
+    ports = []
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        is_listening = fields[3] == "0A"
+        if is_listening and f"socket:[{fields[9]}]" in sockets:
+            ports.append(int(fields[1].rpartition(":")[2], 16))
+    return ports
+
+
+# ---- The README --------------------------------------------------------------------------
+
+
+class Readme(unittest.TestCase):
+    """README.md says what is true of the code."""
+
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    source = (HERE / "chatstream.py").read_text(encoding="utf-8")
+
+    def test_settings(self) -> None:
+        """The table of settings has every variable, with its default."""
+        for setting in SETTINGS:
+            with self.subTest(setting.variable):
+                row = re.search(rf"(?m)^\|[^|]*`{setting.variable}`.*$", self.text)
+                assert row, "not in the table"
+                if setting.default:
+                    default = setting.default
+                    shown = ",".join(default) if isinstance(default, tuple) else str(default)
+                    self.assertIn(shown.lower(), row[0].lower())
+
+    def test_no_setting_too_many(self) -> None:
+        """It names no variable that does not exist."""
+        named = set(re.findall(r"\b(?:OPENAI|CHATSTREAM)_[A-Z_]+\b", self.text))
+        known = {setting.variable for setting in SETTINGS}
+        known |= {"CHATSTREAM_TLS_CERT", "CHATSTREAM_TLS_KEY"}
+        tests = {variable for variable in named if variable.startswith("CHATSTREAM_TEST_")}
+        self.assertEqual(named - tests - known, set())
+
+    def test_routes(self) -> None:
+        """It has every route."""
+        for route in ("POST /stream", "POST /v1/chat/completions", "GET /v1/models"):
+            self.assertIn(f"`{route}`", self.text)
+        for route in ("GET /", "GET /healthz", "GET /readyz", "GET /metrics"):
+            self.assertIn(f"`{route}`", self.text)
+
+    def test_errors(self) -> None:
+        """It has every code of an error, and no other."""
+        table = self.source.partition("ERRORS = {")[2].partition("\n}")[0]
+        codes = set(re.findall(r'(?m)^    "(\w+)":', table))
+        self.assertGreater(len(codes), 20)
+        for code in codes:
+            self.assertIn(f"`{code}`", self.text)
+
+    def test_the_dependency(self) -> None:
+        """It asks for the aiohttp that the program asks for."""
+        wanted = re.findall(r'(?m)^# dependencies = \["(.+)"\]', self.source)
+        named = set(re.findall(r"aiohttp[<>=][^\"'\]\s]*", self.text))
+        self.assertEqual(named, set(wanted))
+
+    def test_files(self) -> None:
+        """Every file that its commands and links name exists."""
+        named = set(re.findall(r"\]\(((?!http|#)[^)]+)\)", self.text))
+        named |= set(re.findall(r"python3? (\S+\.py)", self.text))
+        for path in named:
+            with self.subTest(path):
+                self.assertTrue((HERE / path.partition("#")[0]).exists())
+
+
+# ---- The page, in Chromium ---------------------------------------------------------------
+# The tests of the page follow here. They use the same upstream and `serving`.
