@@ -48,7 +48,9 @@ from test_chatstream import (
 # press keys, click, and read what is shown. They know none of the page's own variables.
 
 CHROMIUM = (
-    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    shutil.which("chromium-headless-shell")
+    or shutil.which("chromium")
+    or shutil.which("google-chrome")
 )
 # "required": a missing Chromium is a failure. "none": the page is not tested.
 BROWSER = os.environ.get("CHATSTREAM_BROWSER", "")
@@ -57,7 +59,7 @@ AXE = os.environ.get("CHATSTREAM_AXE", "")
 # A host name that leads to this machine but is not localhost, so that its pages are insecure.
 INSECURE_HOST = "chatstream.test"
 CHROMIUM_FLAGS = [
-    "--headless=new",
+    "--headless",
     "--no-sandbox",
     "--disable-gpu",
     "--disable-quic",
@@ -136,6 +138,8 @@ FIND_ALL = """(role, name) => {
         button: "button",
         combobox: "select",
         complementary: "aside",
+        disclosure: "summary",
+        group: "details",
         link: "a[href]",
         list: "ol",
         textbox: "textarea, input",
@@ -471,10 +475,14 @@ class PageCase(unittest.IsolatedAsyncioTestCase):
     async def open_second_tab(self, url: str) -> Page:
         async with self.http.put(devtools_url() + "/new") as response:
             tab = await response.json()
+        self.addAsyncCleanup(self.close_tab, tab)
         page = await self.attach(tab)
-        self.addAsyncCleanup(page.devtools.call, "Page.close")
         await page.navigate(url)
         return page
+
+    async def close_tab(self, tab: Any) -> None:
+        async with self.http.get(f"{devtools_url()}/close/{tab['id']}") as response:
+            self.assertEqual(response.status, 200)
 
     async def attach(self, tab: Any, width: int = 1000) -> Page:
         """What a test emulates in the tab ends with its connection."""
@@ -637,7 +645,7 @@ class Looks(PageCase):
         self.assertEqual(await page.buttons(), [])
         self.assertIn("Paragraph 119.", await page.text())
 
-    async def test_math_and_code_direction(self) -> None:
+    async def test_text_direction(self) -> None:
         """Arabic text runs from right to left, and code within it from left to right."""
         page = await self.open(says("مرحبا بالعالم\n\n```\nx = 1\n```"))
         await page.ask()
@@ -803,7 +811,7 @@ class Conversation(PageCase):
     async def test_system_prompt(self) -> None:
         """The system prompt can be edited."""
         page = await self.open()
-        await page.run("document.querySelector('header summary').click()")
+        await page.click("System prompt", role="disclosure")
         await page.focus("textbox", "System prompt")
         await page.type("Be brief. ")
         await page.ask()
@@ -866,7 +874,7 @@ class Conversation(PageCase):
         """What has arrived is shown while the rest has not."""
         steps = Steps(text("**Hel"), text("lo**") + FINISH + DONE)
         page = await self.open(steps)
-        await page.say("Hello")
+        await page.say("Go")
         await page.wait_for_text("Hel")
         self.assertEqual(await page.status(), "Answering…")
         steps.next()
@@ -889,8 +897,10 @@ class Conversation(PageCase):
         both = chunk({"reasoning_content": "hm", "reasoning": "hm"})
         page = await self.open(sends(both, chunk({"reasoning": ", so"}), text("Hi"), FINISH, DONE))
         await page.ask()
-        self.assertNotIn("hm", await page.text_of_answer())
-        await page.run("document.querySelector('article details summary').click()")
+        details = page.element("group")
+        self.assertFalse(await details.read("element.open"))
+        await page.click("Reasoning", role="disclosure")
+        self.assertTrue(await details.read("element.open"))
         answer = await page.text_of_answer()
         self.assertEqual(answer.count("hm"), 1)
         self.assertIn("hm, so", answer)
@@ -1091,9 +1101,7 @@ class Endings(PageCase):
         """A connection that breaks in mid-answer is called that."""
         page = await self.open_other_server(BREAKS)
         await page.ask()
-        self.assertRegex(
-            await page.text_of_answer(), "Once[^]*broke off.*connection".replace("[^]", r"[\s\S]")
-        )
+        self.assertRegex(await page.text_of_answer(), r"Once[\s\S]*broke off.*connection")
 
     async def test_a_server_that_cannot_be_reached(self) -> None:
         """A server that is gone is called that."""
@@ -1135,11 +1143,16 @@ class RetryAfter(PageCase):
         return not await page.element("button", "Retry").read("element.disabled")
 
     async def test_countdown(self) -> None:
-        """After a 429, "Retry" is disabled while the seconds count down, then enabled."""
-        page = await self.open(self.too_many("2"))
+        """After a 429, "Retry" is disabled while the seconds count down."""
+        page = await self.open(self.too_many("1000"))
         await page.ask()
-        self.assertRegex(await page.text_of_answer(), r"Slow down\.[\s\S]*[12] s")
+        self.assertRegex(await page.text_of_answer(), r"Slow down\.[\s\S]*\b(99\d|1000) s")
         self.assertFalse(await self.is_enabled(page))
+
+    async def test_end_of_the_countdown(self) -> None:
+        """Then "Retry" is enabled, and nothing is sent by itself."""
+        page = await self.open(self.too_many("1"))
+        await page.ask()
         retry = page.element("button", "Retry").code
         await page.wait_until(f"!{retry}.disabled", "an enabled Retry")
         self.assertEqual(len(self.calls), 1)
@@ -1148,8 +1161,8 @@ class RetryAfter(PageCase):
         """Retry-After may be a date."""
         page = await self.open(self.too_many(formatdate(time.time() + 1000, usegmt=True)))
         await page.ask()
-        self.assertFalse(await self.is_enabled(page))
         self.assertRegex(await page.text_of_answer(), r"\b(99\d|1000) s")
+        self.assertFalse(await self.is_enabled(page))
 
     async def test_neither(self) -> None:
         """A Retry-After that is neither holds nobody up."""
@@ -1212,9 +1225,8 @@ class Stop(PageCase):
         await page.wait_for_end()
         self.answer_by(says("Good."))
         await page.ask("Two")
-        self.calls[-1].body.decode().encode()
         for content in self.texts_sent():
-            content.encode()
+            self.assertNotRegex(content, r"[\ud800-\udfff]")
 
 
 # JSON may hold half of a surrogate pair, which is no character and has no bytes in UTF-8.
@@ -1224,41 +1236,26 @@ HALF_AN_EMOJI = b'{"choices":[{"index":0,"delta":{"content":"\\ud83d"},"finish_r
 # -- What comes from outside
 
 
-@dataclass
-class OddChunk:
-    """Something that an upstream might send after the text "Part", and what breaks on it."""
-
-    name: str
-    payload: Any
-
-
 ODD_VALUES: list[Any] = [None, 5, True, "text", [], [None], {}, {"a": None}]
-ODD_CHUNKS = [
-    OddChunk(f"{field} is {json.dumps(value)}", {"choices": [{"delta": {field: value}}]})
-    for field in ("reasoning_content", "reasoning", "refusal", "tool_calls", "role", "unknown")
-    for value in ODD_VALUES
-]
-ODD_CHUNKS += [
-    OddChunk(f"{field} is {json.dumps(value)}", {"choices": [{"index": 0, field: value}]})
-    for field in ("delta", "index", "finish_reason", "logprobs")
-    for value in ODD_VALUES
-    if not (field == "finish_reason" and value == "text")
-]
-ODD_CHUNKS += [
-    OddChunk(f"{field} is {json.dumps(value)}", {"choices": [], field: value})
-    for field in ("usage", "model", "id", "object", "created")
-    for value in ODD_VALUES
-]
-ODD_CHUNKS += [
-    OddChunk(f"a choice is {json.dumps(value)}", {"choices": [value]}) for value in ODD_VALUES
-]
-ODD_CHUNKS += [
-    OddChunk("content is a list with a null", {"choices": [{"delta": {"content": [None]}}]}),
-    OddChunk("content is an object", {"choices": [{"delta": {"content": {"a": 1}}}]}),
-    OddChunk("content is a number", {"choices": [{"delta": {"content": 5}}]}),
-    OddChunk("a tool call is null", {"choices": [{"delta": {"tool_calls": [None]}}]}),
-    OddChunk("a function is text", {"choices": [{"delta": {"tool_calls": [{"function": "f"}]}}]}),
-]
+
+
+def odd_chunks(value: Any) -> list[bytes]:
+    """A chunk for each of its fields, in which this field has this value."""
+    deltas = ["reasoning_content", "reasoning", "refusal", "tool_calls", "role", "unknown"]
+    choices = ["delta", "index", "logprobs"]
+    chunks = ["usage", "model", "id", "object", "created"]
+    payloads: list[Any] = [{"choices": [{"delta": {field: value}}]} for field in deltas]
+    payloads += [{"choices": [{field: value}]} for field in choices]
+    payloads += [{"choices": [], field: value} for field in chunks]
+    payloads.append({"choices": [value]})
+    payloads.append({"choices": [{"delta": {"tool_calls": [value]}}]})
+    payloads.append({"choices": [{"delta": {"tool_calls": [{"function": value}]}}]})
+    if not isinstance(value, str):
+        payloads.append({"choices": [{"delta": {"content": value}}]})
+        payloads.append({"choices": [{"delta": {}, "finish_reason": value}]})
+    return [event(payload) for payload in payloads]
+
+
 NOT_FOR_PEOPLE = ("[object", "undefined", "NaN", "Unexpected token", "is not a function")
 
 
@@ -1266,25 +1263,17 @@ class FromOutside(PageCase):
     async def test_odd_fields(self) -> None:
         """Whatever type a field of a chunk has, the answer is shown and complete."""
         page = await self.open()
-        for odd in ODD_CHUNKS:
-            with self.subTest(odd.name):
-                self.answer_by(sends(text("Part") + event(odd.payload) + FINISH + DONE))
+        for value in ODD_VALUES:
+            with self.subTest(json.dumps(value)):
+                self.answer_by(sends(text("Part"), *odd_chunks(value), text("ner."), FINISH, DONE))
                 await page.click("New chat")
                 await page.ask()
-                self.assertIn("Part", await page.text_of_answer())
+                answer = await page.text_of_answer()
+                self.assertIn("Part", answer)
+                self.assertIn("ner.", answer)
                 self.assertEqual(await page.status(), "Answer complete")
                 for words in NOT_FOR_PEOPLE:
-                    self.assertNotIn(words, await page.text())
-
-    async def test_all_odd_fields_in_one_answer(self) -> None:
-        """All of them in one answer leave the page working."""
-        odd = [event(each.payload) for each in ODD_CHUNKS]
-        page = await self.open(sends(text("Part"), *odd, text("ner."), FINISH, DONE))
-        await page.ask()
-        self.assertIn("ner.", await page.text_of_answer())
-        self.answer_by(says("Good."))
-        await page.ask("Two")
-        await page.wait_for_text("Good.")
+                    self.assertNotIn(words, answer)
 
     async def test_a_token_count_that_is_text(self) -> None:
         """A token count that is text is no reason to show nonsense, or to lose the answer."""
@@ -1362,9 +1351,8 @@ class FromOutside(PageCase):
 
     async def test_stop_after_a_translator(self) -> None:
         """Stop works after a translator has replaced text nodes in mid-answer."""
-        page = await self.open(
-            sends(*[text("```\nx = 1\n")], *[text("y\n")] * 50, then=hangs, pause=0.01)
-        )
+        lines = [text("```\nx = 1\n"), *[text("y\n")] * 50]
+        page = await self.open(sends(*lines, then=hangs, pause=0.01))
         await page.say("Hello")
         await page.wait_for_text("x = 1")
         await self.translate_code(page)
@@ -1437,7 +1425,6 @@ class Changes(PageCase):
         self.answer_by(says("New."))
         await page.click("Edit", index=0)
         self.assertEqual(await page.message(), "First")
-        await page.press("End")
         await page.type(", please")
         await page.press("Enter")
         await page.wait_for_text("New.")
@@ -1532,17 +1519,15 @@ for (const key of Object.keys(sessionStorage)) {
     sessionStorage[key] = (%s)(sessionStorage[key]);
 }
 """
-# Changes one field of the stored answer "Hello.", wherever it is stored.
-CHANGE_FIELD = """(stored) => {
+# Changes the stored answer "Hello.", wherever it is stored: every field but its text and role.
+CHANGE_FIELDS = """(stored) => {
     const change = (value) => {
         if (typeof value !== "object" || value === null) return value;
-        if (Object.values(value).includes("Hello.")) {
-            const fields = Object.keys(value).filter((name) => value[name] !== "Hello.");
-            const field = fields[%d];
-            if (field !== undefined && field !== "role") %s;
-            return value;
+        const isAnswer = Object.values(value).includes("Hello.");
+        for (const field of Object.keys(value)) {
+            if (!isAnswer) value[field] = change(value[field]);
+            else if (value[field] !== "Hello." && field !== "role") %s;
         }
-        for (const name of Object.keys(value)) value[name] = change(value[name]);
         return value;
     };
     return JSON.stringify(change(JSON.parse(stored)));
@@ -1608,28 +1593,44 @@ class Storage(PageCase):
                 await page.ask()
                 self.assertIn("Hello.", await page.text_of_answer())
 
-    async def check_repaired(self, change: str) -> None:
+    async def check_repaired(self, *changes: str) -> None:
         page = await self.open()
         await page.ask("First")
-        for number in range(24):
-            with self.subTest(f"{change}, field {number}"):
-                await self.reload_damaged(page, CHANGE_FIELD % (number, change))
+        for change in changes:
+            with self.subTest(change):
+                await self.reload_damaged(page, CHANGE_FIELDS % change)
                 self.assertIn("Hello.", await page.text_of_conversation())
-        for words in NOT_FOR_PEOPLE:
-            self.assertNotIn(words, await page.text())
+                for words in NOT_FOR_PEOPLE:
+                    self.assertNotIn(words, await page.text())
 
     async def test_a_message_of_another_version(self) -> None:
-        """A stored message that lacks a field is shown all the same."""
+        """A stored message that lacks fields is shown all the same."""
         await self.check_repaired("delete value[field]")
 
     async def test_a_damaged_message(self) -> None:
-        """A stored message of which a field is damaged is shown all the same."""
-        await self.check_repaired("value[field] = {}")
+        """A stored message whose other fields are damaged is shown all the same."""
+        await self.check_repaired(
+            "value[field] = null",
+            "value[field] = {}",
+            "value[field] = [null]",
+            "value[field] = 'text'",
+            "value[field] = -1",
+        )
 
     async def test_a_full_storage(self) -> None:
         """A storage that is full stops no answer."""
         page = await self.open()
-        await page.run("sessionStorage.filler = ' '.repeat(5 * 1024 * 1024 - 100)")
+        await page.run(
+            """{
+                for (let size = 2 ** 23; size >= 1; size /= 2) {
+                    try {
+                        sessionStorage["filler" + size] = " ".repeat(size);
+                    } catch {
+                        // This was too much; half of it may fit.
+                    }
+                }
+            }"""
+        )
         await page.ask("x" * 10_000)
         self.assertIn("Hello.", await page.text_of_answer())
 
@@ -1664,8 +1665,7 @@ class Token(PageCase):
         """Whoever gives no token reads why there is no answer, and can retry."""
         page = await self.open(token="right+1")
         await page.say("Secret question")
-        await page.find("textbox", "Access token")
-        await page.press("Escape")
+        await page.click("Cancel")
         await page.wait_for_text("No answer: ")
         self.assertTrue(await page.has("button", "Retry"))
 
@@ -1709,7 +1709,7 @@ class Wire(PageCase):
     async def lines(self, page: Page) -> list[str]:
         panel = page.element("complementary", "Wire")
         lines: list[str] = await panel.read(
-            "[...element.querySelectorAll('li')].map((line) => line.innerText)"
+            "[...element.querySelectorAll('li')].map((line) => line.textContent)"
         )
         return lines
 
@@ -1987,7 +1987,6 @@ class Accessibility(PageCase):
             self.answer_by(responds(429, {"error": {}}, headers={"Retry-After": "60"}))
             await page.ask("Three")
             await self.check_axe(page, f"{scheme}, failed")
-            self.answer_by(responds(401, {}))
             await page.click("Wire")
             await page.click("New chat")
 
@@ -2061,7 +2060,7 @@ class Safety(PageCase):
         ending = chunk({"content": "x"}, finish_reason=EVIL[:200])
         page = await self.open_watched(sends(named, tool_call(0, EVIL), ending, DONE))
         await page.ask()
-        await page.run("document.querySelector('article details summary').click()")
+        await page.click("Reasoning", role="disclosure")
         await self.check_harmless(page)
 
     async def test_error(self) -> None:
@@ -2074,7 +2073,7 @@ class Safety(PageCase):
     async def test_own_message(self) -> None:
         """What a person types stays text, also as the tab's title."""
         page = await self.open_watched(says("Hello."))
-        await page.ask(EVIL.replace("\n", " "))
+        await page.ask(EVIL.replace("\n", " ").replace("\0", ""))
         await self.check_harmless(page)
 
     async def test_name_of_a_model(self) -> None:
@@ -2182,7 +2181,7 @@ NO_EMPHASIS = [
         "f(*args, **kwargs) and g(**kwargs)",
         "<p>f(*args, **kwargs) and g(**kwargs)</p>",
     ),
-    Row("`**a**` **b*", "<p><code>**a**</code> **b*</p>"),
+    Row("`**a**` **b", "<p><code>**a**</code> **b</p>"),
 ]
 # A later star once destroyed what was bold before it.
 STRAY_STARS = [
@@ -2378,7 +2377,7 @@ class Markdown(PageCase):
         await self.check(LISTS)
 
     async def test_tabbed_lists(self) -> None:
-        """Lists that are indented by tabs nest as columns say, and keep their code's indentation."""
+        """Lists indented by tabs nest as columns say, and keep their code's indentation."""
         await self.check(TABBED_LISTS)
 
     async def test_quotes(self) -> None:
@@ -2438,8 +2437,8 @@ class Markdown(PageCase):
         page = await self.open(says(f"```py\n{code}\n```"))
         await page.ask()
         coloured = """[...CSS.highlights.values()].map((ranges) => [...ranges].map((range) =>
-            range.startContainer.data.slice(range.startOffset, range.endOffset)).join(" ")).sort()"""
-        self.assertEqual(await page.run(coloured), ['"a"', "# why", "12", "def return"])
+            range.startContainer.data.slice(range.startOffset, range.endOffset)).join(" "))"""
+        self.assertCountEqual(await page.run(coloured), ["def return", "# why", '"a"', "12"])
         nodes = "document.querySelector('article pre code').childNodes.length"
         self.assertEqual(await page.run(nodes), 1)
 
@@ -2476,13 +2475,14 @@ CUT_TEXTS = """(text, listsOfCuts) => {
     const whole = render([]);
     return listsOfCuts.filter((cuts) => render(cuts) !== whole);
 }"""
-# Shows a text line by line; returns how many nodes were finished, and how many of them stayed.
+# Shows a text a character at a time; returns how many blocks were finished, and how many stayed.
 KEPT_NODES = """(text) => {
     const root = document.createElement("div");
     const show = markdownInto(root);
     const finished = new Set();
     for (let end = 1; end <= text.length; end += 1) {
         show(text.slice(0, end));
+        if (!text.slice(0, end).endsWith("\\n")) continue;
         for (const node of [...root.childNodes].slice(0, -1)) finished.add(node);
     }
     const kept = [...finished].filter((node) => node.parentNode === root);
@@ -2560,11 +2560,11 @@ class Streaming(PageCase):
             for block in function["ranges"]
         )
 
-    async def check_linear(self, unit: str) -> None:
+    async def check_linear(self, unit: str, start: str = "") -> None:
         """Twice the text is about twice the work: four times would be quadratic."""
         page = await self.open()
-        once = await self.work(page, unit * 100, 50)
-        twice = await self.work(page, unit * 200, 50)
+        once = await self.work(page, start + unit * 100, 50)
+        twice = await self.work(page, start + unit * 200, 50)
         self.assertLess(twice, 3 * once)
 
     async def test_cost_of_paragraphs(self) -> None:
@@ -2579,7 +2579,7 @@ class Streaming(PageCase):
 
     async def test_cost_of_code(self) -> None:
         """The work for a line of code does not grow with what stands above it."""
-        await self.check_linear("    x = 1  # why\n")
+        await self.check_linear("x = 1  # why\n", start="```py\n")
 
     async def test_cost_of_code_blocks(self) -> None:
         """The work for a code block does not grow with the code blocks above it."""
@@ -2587,10 +2587,8 @@ class Streaming(PageCase):
 
     async def test_a_long_paragraph_is_there_once(self) -> None:
         """After many blocks, a paragraph of 25,000 characters is shown once."""
-        words = "word " * 5000
-        page = await self.open(
-            streams("block\n\n" * 98, *[words[i : i + 500] for i in range(0, 25_000, 500)])
-        )
+        words = ["word " * 100] * 50
+        page = await self.open(streams("block\n\n" * 98, *words))
         await page.ask()
         answer = await page.text_of_answer()
         self.assertEqual(answer.count("word"), 5000)
