@@ -54,7 +54,7 @@ from chatstream import Chatstream, EventParser, Relay, read_settings
 
 HERE = Path(__file__).parent
 # A wait longer than this many seconds means that what we wait for does not happen.
-PATIENCE = 20.0 * float(os.environ.get("CHATSTREAM_TEST_PATIENCE", "1"))
+PATIENCE = 30.0 * float(os.environ.get("CHATSTREAM_TEST_PATIENCE", "1"))
 EVENT_STREAM = "text/event-stream"
 JSON = "application/json"
 
@@ -76,7 +76,7 @@ async def eventually(is_true: Callable[[], Any]) -> None:
             await asyncio.sleep(0.005)
 
 
-# ---- What an upstream says ---------------------------------------------------------------
+# ---- What an upstream says ---------------------------------------------------
 
 
 def event(payload: bytes | Json) -> bytes:
@@ -113,7 +113,7 @@ WHOLE_ANSWER: Json = {
 }
 
 
-# ---- The scripted upstream ---------------------------------------------------------------
+# ---- The scripted upstream ---------------------------------------------------
 # A script is a coroutine function. It receives the Call and says what is sent, and when.
 
 
@@ -249,7 +249,12 @@ async def scripted_upstream(
     """An upstream that listens on a port of its own."""
     upstream = ScriptedUpstream(script)
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: UpstreamConnection(upstream), "127.0.0.1", 0, ssl=tls)
+    server = await loop.create_server(
+        lambda: UpstreamConnection(upstream),
+        "127.0.0.1",
+        0,
+        ssl=tls,
+    )
     port = server.sockets[0].getsockname()[1]
     upstream.url = f"https://localhost:{port}/v1" if tls else f"http://127.0.0.1:{port}/v1"
     try:
@@ -321,7 +326,9 @@ def streams(*words: str, usage: Json | None = None) -> Script:
     pieces = [text(word) for word in words]
     pieces.append(FINISH)
     if usage:
-        pieces.append(event({"object": "chat.completion.chunk", "choices": [], "usage": usage}))
+        pieces.append(
+            event({"object": "chat.completion.chunk", "choices": [], "usage": usage}),
+        )
     return sends(*pieces, DONE)
 
 
@@ -350,7 +357,7 @@ def waits_for(go_on: asyncio.Event, script: Script) -> Script:
     return waiting_script
 
 
-# ---- The server in this process ----------------------------------------------------------
+# ---- The server in this process ----------------------------------------------
 
 
 def variable(name: str) -> str:
@@ -374,8 +381,17 @@ async def serving(script: Script = SAYS_HI, **settings: object) -> AsyncIterator
     Settings are given by their short names: `idle_seconds=0.2` is CHATSTREAM_IDLE_SECONDS=0.2.
     """
     async with scripted_upstream(script) as upstream:
-        # With no drain time, a test that leaves a stream behind ends at once.
-        usual = {"base_url": upstream.url, "model": "m", "port": 0, "drain_seconds": 0}
+        usual: dict[str, object] = {
+            "base_url": upstream.url,
+            "model": "m",
+            "port": 0,
+            # A test that leaves a stream behind ends at once.
+            "drain_seconds": 0,
+            # On a slow machine no limit must strike that the test does not set.
+            "heartbeat_seconds": 300,
+            "connect_seconds": 60,
+            "write_seconds": 60,
+        }
         chosen = usual | settings
         environ = {variable(name): str(value) for name, value in chosen.items()}
         server = Chatstream(read_settings(environ, []))
@@ -418,7 +434,7 @@ class LogRecords(logging.Handler):
         return [each for each in found if not self.expected or self.expected not in each]
 
 
-# ---- The client --------------------------------------------------------------------------
+# ---- The client --------------------------------------------------------------
 
 
 @dataclass
@@ -475,7 +491,11 @@ def http_request(
     """A request, as bytes: by default a good one of a chat."""
     if isinstance(body, dict):
         body = json.dumps(body).encode()
-    fields = {"Host": "localhost", "Content-Type": JSON, "Content-Length": str(len(body))}
+    fields = {
+        "Host": "localhost",
+        "Content-Type": JSON,
+        "Content-Length": str(len(body)),
+    }
     fields |= headers or {}
     lines = [line, *(f"{name}: {value}" for name, value in fields.items()), "", ""]
     return "\r\n".join(lines).encode("latin-1") + body
@@ -531,10 +551,17 @@ async def connected(
             await writer.wait_closed()
 
 
+def setUpModule() -> None:
+    # Each test looks for lost exceptions with a full collection. What exists by now needs none.
+    gc.freeze()
+
+
 class ServerCase(unittest.IsolatedAsyncioTestCase):
     """A test of the server. It fails if a traceback is left in the log."""
 
     async def asyncSetUp(self) -> None:
+        # unittest switches asyncio's debug mode on. It is slow; `python -X dev` brings it back.
+        asyncio.get_running_loop().set_debug(sys.flags.dev_mode)
         self.client = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),
             timeout=aiohttp.ClientTimeout(total=PATIENCE),
@@ -614,13 +641,17 @@ class ServerCase(unittest.IsolatedAsyncioTestCase):
                 found = await self.outcomes(url)
         self.assertEqual(found, expected)
 
+    def assert_error(self, answer: Answer, status: int, code: str) -> None:
+        """The answer is, or ends with, this error."""
+        self.assertEqual((answer.status, answer.error["code"]), (status, code))
+
     def assert_headers(self, answer: Answer, expected: Headers) -> None:
         """The answer has these headers, whatever others it has."""
         found = {name: answer.headers.get(name) for name in expected}
         self.assertEqual(found, expected)
 
 
-# ---- The program, as people start it -----------------------------------------------------
+# ---- The program, as people start it -----------------------------------------
 
 # Made for these tests, for localhost, valid for a hundred years; it guards nothing.
 PEM = """\
@@ -726,9 +757,7 @@ async def process(
     environment: Headers,
     redirection: str = "",
     prefix: str = "",
-    stdin: int = subprocess.DEVNULL,
-    stdout: int = subprocess.PIPE,
-    new_session: bool = False,
+    **options: Any,
 ) -> AsyncIterator[Program]:
     """`python ARGUMENTS`, started by a shell, with no setting but those of this environment.
 
@@ -741,11 +770,9 @@ async def process(
         started = await asyncio.create_subprocess_exec(
             *("sh", "-c", command, "sh", sys.executable, *arguments),
             cwd=HERE,
-            env=inherited | {"PYTHONDEVMODE": "1"} | environment,
-            stdin=stdin,
-            stdout=stdout,
+            env=inherited | {"PYTHONWARNINGS": "default"} | environment,
             stderr=stderr,
-            start_new_session=new_session,
+            **({"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE} | options),
         )
         program = Program(started, stderr)
         try:
@@ -777,7 +804,7 @@ async def failed_start(*arguments: str, **environment: str) -> Exit:
         return await program.exit()
 
 
-# ---- The parser: bytes in any pieces become events ---------------------------------------
+# ---- The parser: bytes in any pieces become events ---------------------------
 
 
 def byte_by_byte(data: bytes) -> list[bytes]:
@@ -805,7 +832,10 @@ class Parser(unittest.TestCase):
 
     def test_an_event_has_a_type_and_data(self) -> None:
         """An `event:` line gives an event its type, a `data:` line its data."""
-        self.assertEqual(self.parse(b"event: greeting\ndata: hi\n\n"), [(b"greeting", b"hi")])
+        self.assertEqual(
+            self.parse(b"event: greeting\ndata: hi\n\n"),
+            [(b"greeting", b"hi")],
+        )
 
     def test_the_type_ends_with_its_event(self) -> None:
         """The type belongs to one event; the next has none."""
@@ -828,14 +858,20 @@ class Parser(unittest.TestCase):
 
     def test_empty_pieces(self) -> None:
         """An empty piece changes nothing, not even between CR and LF."""
-        self.assertEqual(self.parse(b"data: a\r", b"", b"\ndata: b\n\n"), [(b"", b"a\nb")])
+        self.assertEqual(
+            self.parse(b"data: a\r", b"", b"\ndata: b\n\n"),
+            [(b"", b"a\nb")],
+        )
 
     def test_an_event_comes_with_its_last_byte(self) -> None:
         """An event is there as soon as its blank line has begun, not when the next one comes."""
         for blank_line in (b"\n\n", b"\r\n\r", b"\r\r"):
             with self.subTest(blank_line):
                 parser = EventParser(1000)
-                self.assertEqual(list(parser.feed(b"data: a" + blank_line)), [(b"", b"a")])
+                self.assertEqual(
+                    list(parser.feed(b"data: a" + blank_line)),
+                    [(b"", b"a")],
+                )
 
     def test_byte_order_mark(self) -> None:
         """A byte order mark may open the stream."""
@@ -866,7 +902,10 @@ class Parser(unittest.TestCase):
 
     def test_other_fields(self) -> None:
         """`id`, `retry` and unknown fields are dropped."""
-        self.assertEqual(self.parse(b"id: 7\nretry: 9\nfoo: x\nfoo\ndata: a\n\n"), [(b"", b"a")])
+        self.assertEqual(
+            self.parse(b"id: 7\nretry: 9\nfoo: x\nfoo\ndata: a\n\n"),
+            [(b"", b"a")],
+        )
 
     def test_the_last_event_may_lack_its_blank_line(self) -> None:
         """At the end of the body, a last event counts without its blank line or any newline."""
@@ -877,7 +916,10 @@ class Parser(unittest.TestCase):
     def test_an_event_may_be_as_long_as_the_limit(self) -> None:
         """Data of exactly the limit pass."""
         data = b"x" * 100
-        self.assertEqual(self.parse(b"data: " + data + b"\n\n", limit=100), [(b"", data)])
+        self.assertEqual(
+            self.parse(b"data: " + data + b"\n\n", limit=100),
+            [(b"", data)],
+        )
 
     def test_too_long_an_event(self) -> None:
         """One byte more than the limit raises OverflowError, whatever the lines look like."""
@@ -922,7 +964,7 @@ class Parser(unittest.TestCase):
         self.assertLess(long, 16 * 6 * short)
 
 
-# ---- The relay: what goes out, and what it says of the answer ----------------------------
+# ---- The relay: what goes out, and what it says of the answer ----------------
 
 
 @dataclass
@@ -980,9 +1022,15 @@ FRAMINGS = [
     Framing("CRLF", GOOD.replace(b"\n", b"\r\n")),
     Framing("CR", GOOD.replace(b"\n", b"\r")),
     Framing("byte order mark", b"\xef\xbb\xbf" + GOOD),
-    Framing("no space after the colon (openai-python#559)", GOOD.replace(b"data: {", b"data:{")),
+    Framing(
+        "no space after the colon (openai-python#559)",
+        GOOD.replace(b"data: {", b"data:{"),
+    ),
     Framing("comments (OpenRouter)", b": OPENROUTER PROCESSING\n\n:\n\n" + GOOD),
-    Framing("a comment longer than an event may be", b":" + b"x" * 250_000 + b"\n" + GOOD),
+    Framing(
+        "a comment longer than an event may be",
+        b":" + b"x" * 250_000 + b"\n" + GOOD,
+    ),
     Framing("other fields", b"id: 7\nretry: 10\nevent: message\nfoo: bar\n" + GOOD),
     Framing("events without data", b"event: ping\n\ndata:\n\n" + GOOD),
     Framing("null as a sign of life", event(b"null") + GOOD),
@@ -1029,7 +1077,10 @@ class Forwarding(unittest.TestCase):
     def test_several_data_lines_go_out_as_one(self) -> None:
         """A payload on several `data:` lines goes out on one, with spaces where lines ended."""
         body = b'data: {"choices":\ndata: [{"delta":{}}]}\n\n' + DONE
-        self.assertEqual(relay_body(body).out, event(b'{"choices": [{"delta":{}}]}') + DONE)
+        self.assertEqual(
+            relay_body(body).out,
+            event(b'{"choices": [{"delta":{}}]}') + DONE,
+        )
 
     def test_a_token_may_contain_the_end_mark(self) -> None:
         """`[DONE]` is the end only as the whole payload."""
@@ -1037,8 +1088,13 @@ class Forwarding(unittest.TestCase):
 
     def test_usage_without_choices(self) -> None:
         """A payload with `usage` but no `choices` goes out with an empty list of choices."""
-        relayed = relay_body(SAID + FINISH + event({"usage": {"total_tokens": 3}}) + DONE)
-        self.assertEqual(relayed.chunks[-1], {"usage": {"total_tokens": 3}, "choices": []})
+        relayed = relay_body(
+            SAID + FINISH + event({"usage": {"total_tokens": 3}}) + DONE,
+        )
+        self.assertEqual(
+            relayed.chunks[-1],
+            {"usage": {"total_tokens": 3}, "choices": []},
+        )
 
     def test_a_message_that_repeats_the_deltas(self) -> None:
         """A `message` after deltas says again what they said: it is not sent again (MiniMax)."""
@@ -1067,10 +1123,15 @@ class Forwarding(unittest.TestCase):
 
     def test_tool_calls_of_a_whole_completion(self) -> None:
         """Each of its `tool_calls` gets the `index` that clients need."""
-        calls = [{"id": "a", "function": {"name": "f"}}, {"id": "b", "function": {"name": "g"}}]
+        calls = [
+            {"id": "a", "function": {"name": "f"}},
+            {"id": "b", "function": {"name": "g"}},
+        ]
         message = {"role": "assistant", "content": None, "tool_calls": calls}
         choice = {"index": 0, "message": message, "finish_reason": "tool_calls"}
-        relayed = relay_body(event({"object": "chat.completion", "choices": [choice]}) + DONE)
+        relayed = relay_body(
+            event({"object": "chat.completion", "choices": [choice]}) + DONE,
+        )
         delta = relayed.chunks[0]["choices"][0]["delta"]
         self.assertEqual([call["index"] for call in delta["tool_calls"]], [0, 1])
 
@@ -1124,17 +1185,26 @@ class EndOfAnAnswer(unittest.TestCase):
 
     def test_an_empty_finish_reason(self) -> None:
         """An empty `finish_reason` finishes nothing."""
-        self.assertEqual(relay_body(SAID + chunk({}, finish_reason="")).code, "stream_truncated")
+        self.assertEqual(
+            relay_body(SAID + chunk({}, finish_reason="")).code,
+            "stream_truncated",
+        )
 
     def test_an_unfinished_message(self) -> None:
         """A `message` whose `finish_reason` is null does not complete an answer by itself."""
         choice = {"index": 0, "message": {"content": "Hel"}, "finish_reason": None}
-        self.assertEqual(relay_body(event({"choices": [choice]})).code, "stream_truncated")
+        self.assertEqual(
+            relay_body(event({"choices": [choice]})).code,
+            "stream_truncated",
+        )
 
     def test_usage_after_the_finish_reason(self) -> None:
         """A usage chunk after the last `finish_reason` changes nothing."""
         usage = event({"choices": [], "usage": {"total_tokens": 3}})
-        self.assertEqual(relay_body(SAID + FINISH + usage).out, SAID + FINISH + usage + DONE)
+        self.assertEqual(
+            relay_body(SAID + FINISH + usage).out,
+            SAID + FINISH + usage + DONE,
+        )
 
     def test_a_connection_that_breaks_after_the_end(self) -> None:
         """A connection that breaks when every choice is finished harms nothing."""
@@ -1146,16 +1216,11 @@ class EndOfAnAnswer(unittest.TestCase):
         relayed = relay_body(SAID, aborted=True)
         self.assertEqual((relayed.out, relayed.code), (SAID, "stream_truncated"))
 
-    def test_a_connection_that_breaks_inside_an_event(self) -> None:
-        """What a broken connection left unfinished is not taken for an event."""
-        relayed = relay_body(SAID + FINISH[:-2], aborted=True)
-        self.assertEqual((relayed.out, relayed.code), (SAID, "stream_truncated"))
-
     def test_truncation_at_every_byte(self) -> None:
         """Wherever an answer is cut before its end, it is told as truncated."""
         first_cut = len(SAID)
-        last_cut = len(SAID + FINISH) - 3
-        for length in range(first_cut, last_cut):
+        last_cut = len(SAID + FINISH) - len(b"}\n\n")
+        for length in range(first_cut, last_cut + 1):
             for aborted in (False, True):
                 relayed = relay_body(GOOD[:length], aborted=aborted)
                 self.assertEqual(relayed.code, "stream_truncated", GOOD[:length])
@@ -1173,7 +1238,7 @@ class EndOfAnAnswer(unittest.TestCase):
                 self.assertEqual((relayed.out, relayed.code), (b"", "empty_stream"))
 
 
-# ---- What the upstream reports, and what it gets wrong -----------------------------------
+# ---- What the upstream reports, and what it gets wrong -----------------------
 
 
 @dataclass
@@ -1190,19 +1255,44 @@ OVERLOADED: Json = {"message": "Overloaded", "type": "overloaded_error", "code":
 NUMBERED: Json = {"message": "Ouch", "code": 400}
 
 DIALECTS = [
-    Dialect("an object", event({"error": OVERLOADED}), code="busy", message="Overloaded"),
-    Dialect("a list", event(json.dumps([{"error": OVERLOADED}]).encode()), "busy", "Overloaded"),
+    Dialect(
+        "an object",
+        event({"error": OVERLOADED}),
+        code="busy",
+        message="Overloaded",
+    ),
+    Dialect(
+        "a list",
+        event(json.dumps([{"error": OVERLOADED}]).encode()),
+        "busy",
+        "Overloaded",
+    ),
     Dialect("a text (LM Studio)", event({"error": "Ouch"})),
     Dialect("object: error (vLLM)", event({"object": "error"} | NUMBERED)),
-    Dialect("an error beside a message", event({"error": {"message": "Ouch"}, "message": "Out"})),
+    Dialect(
+        "an error beside a message",
+        event({"error": {"message": "Ouch"}, "message": "Out"}),
+    ),
     Dialect("event: error", b"event: error\n" + event({"error": {"message": "Ouch"}})),
-    Dialect("event: error with a bare message", b"event: error\n" + event({"message": "Ouch"})),
+    Dialect(
+        "event: error with a bare message",
+        b"event: error\n" + event({"message": "Ouch"}),
+    ),
     Dialect("an error field (llama.cpp)", b'error: {"code":500,"message":"Ouch"}\n\n'),
-    Dialect("an error beside choices", event({"choices": [{}], "error": {"message": "Ouch"}})),
-    Dialect("an error in a choice", event({"choices": [{"error": {"message": "Ouch"}}]})),
+    Dialect(
+        "an error beside choices",
+        event({"choices": [{}], "error": {"message": "Ouch"}}),
+    ),
+    Dialect(
+        "an error in a choice",
+        event({"choices": [{"error": {"message": "Ouch"}}]}),
+    ),
     Dialect("a number as code", event({"error": {"message": "Ouch", "code": 500}})),
     Dialect("a code of a page", event({"error": {"message": "Ouch", "code": "x" * 65}})),
-    Dialect("a message that is an object", event({"detail": [{"msg": "Ouch"}], "object": "error"})),
+    Dialect(
+        "a message that is an object",
+        event({"detail": [{"msg": "Ouch"}], "object": "error"}),
+    ),
 ]
 
 
@@ -1227,14 +1317,19 @@ class UpstreamErrors(unittest.TestCase):
 
     def test_an_error_event_without_json(self) -> None:
         """`event: error` is an error whatever its data are."""
-        self.assertEqual(relay_body(b"event: error\ndata: Ouch\n\n" + DONE).code, "upstream_error")
+        self.assertEqual(
+            relay_body(b"event: error\ndata: Ouch\n\n" + DONE).code,
+            "upstream_error",
+        )
 
     def test_falsy_errors(self) -> None:
         """`"error": null`, and the like, beside choices is no error."""
         falsy: list[Any] = [None, "", False, {}]
         for error in falsy:
             with self.subTest(error):
-                body = event({"choices": [{"delta": {}, "error": error}], "error": error})
+                body = event(
+                    {"choices": [{"delta": {}, "error": error}], "error": error},
+                )
                 self.assertEqual(relay_body(body + DONE).out, body + DONE)
 
 
@@ -1259,7 +1354,10 @@ MALFORMED = [
     Malformed("a newline inside a string", b'{"choices":[{"x":"a\ndata: b"}]}'),
     Malformed("a lone half of a pair", b'{"choices":[]},{"choices":[{}'),
     Malformed("the other half", b"{}]}"),
-    Malformed("a number without end in a whole answer", b'{"choices":[{"message":1e999}]}'),
+    Malformed(
+        "a number without end in a whole answer",
+        b'{"choices":[{"message":1e999}]}',
+    ),
 ]
 
 
@@ -1275,7 +1373,11 @@ class MalformedPayloads(unittest.TestCase):
 
     def test_a_huge_integer(self) -> None:
         """An integer of more digits than Python reads is no fault of ours."""
-        relayed = relay_body(event(b'{"choices":[],"n":%b}' % (b"1" * 5000)), FINISH, DONE)
+        relayed = relay_body(
+            event(b'{"choices":[],"n":%b}' % (b"1" * 5000)),
+            FINISH,
+            DONE,
+        )
         self.assertIn(relayed.code, ("", "upstream_invalid"))
 
     def test_too_large_an_event(self) -> None:
@@ -1290,7 +1392,7 @@ class MalformedPayloads(unittest.TestCase):
                 self.assertEqual(relay_body(body).status, 502)
 
 
-# ---- An honest status: what fails before the first event ---------------------------------
+# ---- An honest status: what fails before the first event ---------------------
 
 
 @dataclass
@@ -1327,15 +1429,28 @@ FAULTS = [
     ),
     Fault(
         "a message that is an object (Mistral)",
-        refuses(422, {"object": "error", "message": {"detail": [{"msg": "Field required"}]}}),
+        refuses(
+            422,
+            {"object": "error", "message": {"detail": [{"msg": "Field required"}]}},
+        ),
         422,
         "upstream_rejected",
         "Field required",
     ),
     Fault("a page", refuses(404, b"<html>Not Found"), 404, "upstream_rejected"),
-    Fault("a page in JSON", refuses(404, {"error": "<html>x"}), 404, "upstream_rejected"),
+    Fault(
+        "a page in JSON",
+        refuses(404, {"error": "<html>x"}),
+        404,
+        "upstream_rejected",
+    ),
     Fault("a traceback", refuses(400, {"error": TRACEBACK}), 400, "upstream_rejected"),
-    Fault("a long code", refuses(400, {"error": {"code": "x" * 65}}), 400, "upstream_rejected"),
+    Fault(
+        "a long code",
+        refuses(400, {"error": {"code": "x" * 65}}),
+        400,
+        "upstream_rejected",
+    ),
     Fault(
         "fields of other types",
         refuses(400, {"error": {"message": {}, "type": 7, "code": []}}),
@@ -1347,8 +1462,20 @@ FAULTS = [
     Fault("401", refuses(401, BUSY), 502, "upstream_auth", type="upstream_error"),
     Fault("500", refuses(500, BUSY), 502, "upstream_error", type="upstream_error"),
     Fault("503", refuses(503, BUSY), 502, "upstream_error"),
-    Fault("a redirect", responds(307, b"", {"Location": "/v1/x"}), 502, "upstream_error"),
-    Fault("an error first", sends(event(BUSY)), 502, "busy", "Overloaded", "overloaded_error"),
+    Fault(
+        "a redirect",
+        responds(307, b"", {"Location": "/v1/x"}),
+        502,
+        "upstream_error",
+    ),
+    Fault(
+        "an error first",
+        sends(event(BUSY)),
+        502,
+        "busy",
+        "Overloaded",
+        "overloaded_error",
+    ),
     Fault("an error document", refuses(200, BUSY), 502, "busy", "Overloaded"),
     Fault("an error in a list", refuses(200, [BUSY]), 502, "busy", "Overloaded"),
     Fault("nothing", sends(), 502, "empty_stream"),
@@ -1372,9 +1499,7 @@ class HonestStatus(ServerCase):
                 with self.subTest(fault.name):
                     server.upstream.script = fault.script
                     answer = await self.ask(server.url)
-                    self.assertEqual(
-                        (answer.status, answer.error["code"]), (fault.status, fault.code)
-                    )
+                    self.assert_error(answer, fault.status, fault.code)
                     if fault.message:
                         self.assertEqual(answer.error["message"], fault.message)
                     if fault.type:
@@ -1422,7 +1547,11 @@ class HonestStatus(ServerCase):
 
     async def test_what_a_refusal_says(self) -> None:
         """Of another 4xx, `param`, Retry-After and the rate limits are passed on, no more."""
-        kept = {"Retry-After": "7", "retry-after-ms": "7000", "x-ratelimit-remaining": "0"}
+        kept = {
+            "Retry-After": "7",
+            "retry-after-ms": "7000",
+            "x-ratelimit-remaining": "0",
+        }
         body = {"error": {"message": "No", "param": "n"}}
         script = responds(429, body, kept | {"Set-Cookie": "a=b", "X-Internal": "x"})
         answer = await self.answer_to(script)
@@ -1445,7 +1574,7 @@ class HonestStatus(ServerCase):
             url = f"http://127.0.0.1:{closed.getsockname()[1]}/v1"
             async with serving(base_url=url) as server:
                 answer = await self.ask(server.url)
-        self.assertEqual((answer.status, answer.error["code"]), (502, "upstream_unreachable"))
+        self.assert_error(answer, 502, "upstream_unreachable")
 
     async def test_an_unknown_certificate(self) -> None:
         """A certificate that nobody vouches for cannot be reached; the request is not sent."""
@@ -1455,7 +1584,7 @@ class HonestStatus(ServerCase):
             async with scripted_upstream(SAYS_HI, own.upstream_tls) as upstream:
                 async with serving(base_url=upstream.url) as server:
                     answer = await self.ask(server.url)
-        self.assertEqual((answer.status, answer.error["code"]), (502, "upstream_unreachable"))
+        self.assert_error(answer, 502, "upstream_unreachable")
         self.assertEqual(upstream.calls, [])
 
     async def test_no_connection_in_time(self) -> None:
@@ -1464,7 +1593,7 @@ class HonestStatus(ServerCase):
             url = f"https://127.0.0.1:{mute.getsockname()[1]}/v1"
             async with serving(base_url=url, connect_seconds=0.2) as server:
                 answer = await self.ask(server.url)
-        self.assertEqual((answer.status, answer.error["code"]), (504, "upstream_timeout"))
+        self.assert_error(answer, 504, "upstream_timeout")
 
     async def test_no_http(self) -> None:
         """An upstream that does not speak HTTP gives a 502 without its text."""
@@ -1479,10 +1608,10 @@ class HonestStatus(ServerCase):
 
     async def test_a_compressed_answer(self) -> None:
         """A compressed answer is refused, and never inflated."""
-        bomb = gzip.compress(b"data: " + b"x" * 2**24)
+        bomb = gzip.compress(b"data: " + b"x" * 2**22)
         script = sends(bomb, headers={"Content-Encoding": "gzip"})
         answer = await self.answer_to(script)
-        self.assertEqual((answer.status, answer.error["code"]), (502, "upstream_invalid"))
+        self.assert_error(answer, 502, "upstream_invalid")
 
 
 class BrokenConnections(ServerCase):
@@ -1491,15 +1620,20 @@ class BrokenConnections(ServerCase):
     async def test_broken_chunks_in_mid_answer(self) -> None:
         """Broken chunked encoding after an event is a truncation."""
 
+        go_on = asyncio.Event()
+
         async def script(call: Call) -> None:
             await call.send_head()
             await call.send(SAID)
+            await go_on.wait()
             await call.send_raw(b"no chunk size\r\n")
             await hangs(call)
 
         async with serving(script) as server:
-            answer = await self.ask(server.url)
-            self.assertEqual((answer.status, answer.error["code"]), (200, "stream_truncated"))
+            async with self.asking(server.url) as response:
+                self.assertEqual(await response.content.readuntil(b"\n\n"), SAID)
+                go_on.set()
+                self.assertIn(b"stream_truncated", await response.read())
             await self.assert_outcomes(server.url, truncated=1)
 
     async def test_broken_chunks_before_an_event(self) -> None:
@@ -1534,7 +1668,7 @@ class BrokenConnections(ServerCase):
         """A connection that breaks after an event is a truncation."""
         async with serving(sends(SAID, then=breaks_off)) as server:
             answer = await self.ask(server.url)
-            self.assertEqual((answer.status, answer.error["code"]), (200, "stream_truncated"))
+            self.assert_error(answer, 200, "stream_truncated")
             await self.assert_outcomes(server.url, truncated=1)
 
     async def test_a_break_after_the_last_word(self) -> None:
@@ -1560,7 +1694,10 @@ class KindOfBody(ServerCase):
                     await go_on.wait()
                     await call.send(FINISH + DONE)
 
-                async with serving(script) as server, self.asking(server.url) as response:
+                async with (
+                    serving(script) as server,
+                    self.asking(server.url) as response,
+                ):
                     self.assertEqual(await response.content.readuntil(b"\n\n"), SAID)
                     go_on.set()
                     self.assertEqual(await response.read(), FINISH + DONE)
@@ -1580,20 +1717,22 @@ class KindOfBody(ServerCase):
         """A page is a failure of the upstream, whatever its `Content-Type`."""
         for content_type in (JSON, EVENT_STREAM, "text/html"):
             with self.subTest(content_type):
-                answer = await self.answer_to(sends(b"\n<html>", content_type=content_type))
-                self.assertEqual((answer.status, answer.error["code"]), (502, "upstream_error"))
+                answer = await self.answer_to(
+                    sends(b"\n<html>", content_type=content_type),
+                )
+                self.assert_error(answer, 502, "upstream_error")
 
     async def test_a_cut_document(self) -> None:
         """A document whose connection breaks is truncated."""
         script = sends(b'{"choices":[{"mess', content_type=JSON, then=breaks_off)
         answer = await self.answer_to(script)
-        self.assertEqual((answer.status, answer.error["code"]), (502, "stream_truncated"))
+        self.assert_error(answer, 502, "stream_truncated")
 
     async def test_a_long_document(self) -> None:
         """A document is no longer than an event may be."""
         script = sends(b'{"choices":["' + b"x" * 20_000, content_type=JSON, then=hangs)
         answer = await self.answer_to(script, max_event_bytes=10_000)
-        self.assertEqual((answer.status, answer.error["code"]), (502, "event_too_large"))
+        self.assert_error(answer, 502, "event_too_large")
 
     async def test_a_document_that_is_no_answer(self) -> None:
         """A document that is neither an answer nor an error is never told as complete."""
@@ -1617,7 +1756,11 @@ class Transcripts(ServerCase):
                     status = int(head[9:12] or 502)
                     found = re.search(rb"(?im)^content-type: ([^\r\n]+)", head)
                     content_type = found[1].decode() if found else ""
-                    server.upstream.script = sends(body, status=status, content_type=content_type)
+                    server.upstream.script = sends(
+                        body,
+                        status=status,
+                        content_type=content_type,
+                    )
                     answer = await self.ask(server.url)
                     if status == 200:
                         self.check_good_status(answer, body)
@@ -1644,7 +1787,7 @@ class Transcripts(ServerCase):
             self.assertTrue(answer.error["code"])
 
 
-# ---- The request to the upstream ---------------------------------------------------------
+# ---- The request to the upstream ---------------------------------------------
 
 
 class UpstreamRequest(ServerCase):
@@ -1669,7 +1812,10 @@ class UpstreamRequest(ServerCase):
         async with scripted_upstream(SAYS_HI) as upstream:
             async with serving(base_url=upstream.url + "/") as server:
                 await self.ask(server.url)
-        self.assertEqual(upstream.calls[0].request_line, "POST /v1/chat/completions HTTP/1.1")
+        self.assertEqual(
+            upstream.calls[0].request_line,
+            "POST /v1/chat/completions HTTP/1.1",
+        )
 
     async def test_headers(self) -> None:
         """It asks for an uncompressed stream, or JSON, with the key."""
@@ -1706,7 +1852,12 @@ class UpstreamRequest(ServerCase):
 
     async def test_no_header_of_the_client(self) -> None:
         """No header of the client is passed on."""
-        sent = {"Cookie": "a=b", "X-Custom": "mine", "User-Agent": "mine", "OpenAI-Project": "mine"}
+        sent = {
+            "Cookie": "a=b",
+            "X-Custom": "mine",
+            "User-Agent": "mine",
+            "OpenAI-Project": "mine",
+        }
         call = await self.call_for(headers=sent)
         self.assertNotIn("mine", call.headers.values())
         self.assertNotIn("cookie", call.headers)
@@ -1729,7 +1880,11 @@ class UpstreamRequest(ServerCase):
             path.write_text("default login me password secret\n")
             path.chmod(0o600)
             async with scripted_upstream(SAYS_HI) as upstream:
-                environ = {"HOME": folder, "NETRC": str(path), "OPENAI_BASE_URL": upstream.url}
+                environ = {
+                    "HOME": folder,
+                    "NETRC": str(path),
+                    "OPENAI_BASE_URL": upstream.url,
+                }
                 async with running_program(**environ) as program:
                     self.assertTrue((await self.ask(program.url)).is_complete)
         self.assertNotIn("authorization", upstream.calls[0].headers)
@@ -1737,7 +1892,11 @@ class UpstreamRequest(ServerCase):
     async def test_redirects_are_not_followed(self) -> None:
         """A redirect is not followed: the key would travel along."""
         async with scripted_upstream(SAYS_HI) as elsewhere:
-            script = responds(307, b"", {"Location": elsewhere.url + "/chat/completions"})
+            script = responds(
+                307,
+                b"",
+                {"Location": elsewhere.url + "/chat/completions"},
+            )
             answer = await self.answer_to(script, api_key="sk-1")
             self.assertEqual(answer.status, 502)
             self.assertEqual(elsewhere.connections, [])
@@ -1788,7 +1947,10 @@ class UpstreamRequest(ServerCase):
 
     async def test_many_streams_at_once(self) -> None:
         """The 101st stream does not wait for one of the first hundred."""
-        async with serving(sends(SAID, then=hangs)) as server, AsyncExitStack() as running:
+        async with (
+            serving(sends(SAID, then=hangs)) as server,
+            AsyncExitStack() as running,
+        ):
             for _ in range(101):
                 response = await running.enter_async_context(self.asking(server.url))
                 self.assertEqual(await response.content.readuntil(b"\n\n"), SAID)
@@ -1810,8 +1972,15 @@ class Proxies(ServerCase):
 
     async def test_loopback_needs_no_proxy(self) -> None:
         """An upstream on this machine is never asked through a proxy."""
-        async with scripted_upstream(SAYS_HI) as upstream, scripted_upstream(SAYS_HI) as proxy:
-            environ = {"http_proxy": proxy.url, "no_proxy": "", "OPENAI_BASE_URL": upstream.url}
+        async with (
+            scripted_upstream(SAYS_HI) as upstream,
+            scripted_upstream(SAYS_HI) as proxy,
+        ):
+            environ = {
+                "http_proxy": proxy.url,
+                "no_proxy": "",
+                "OPENAI_BASE_URL": upstream.url,
+            }
             async with running_program(**environ) as program:
                 self.assertTrue((await self.ask(program.url)).is_complete)
         self.assertEqual(proxy.connections, [])
@@ -1847,13 +2016,16 @@ class Proxies(ServerCase):
             "http://a%3Ab:pass-word-1@p.example",
         ):
             with self.subTest(proxy):
-                exited = await failed_start(OPENAI_BASE_URL=self.elsewhere, http_proxy=proxy)
+                exited = await failed_start(
+                    OPENAI_BASE_URL=self.elsewhere,
+                    http_proxy=proxy,
+                )
                 self.assertEqual(exited.status, 2)
                 self.assertIn("proxy", exited.stderr)
                 self.assertNotIn("pass-word-1", exited.stderr)
 
 
-# ---- Whole answers -----------------------------------------------------------------------
+# ---- Whole answers -----------------------------------------------------------
 
 COMPLETIONS = "/v1/chat/completions"
 
@@ -1868,12 +2040,19 @@ class WholeAnswers(ServerCase):
                 with self.subTest(body):
                     answer = await self.ask(server.url, body, path=COMPLETIONS)
                     self.assertEqual((answer.status, answer.json), (200, WHOLE_ANSWER))
-                    self.assertEqual(answer.headers["Content-Type"].partition(";")[0], JSON)
+                    self.assertEqual(
+                        answer.headers["Content-Type"].partition(";")[0],
+                        JSON,
+                    )
 
     async def test_what_the_upstream_is_asked(self) -> None:
         """The request is sent on as it is, but for the default model."""
         async with serving(responds(200, WHOLE_ANSWER)) as server:
-            await self.ask(server.url, HELLO | {"stream": False, "n": 1}, path=COMPLETIONS)
+            await self.ask(
+                server.url,
+                HELLO | {"stream": False, "n": 1},
+                path=COMPLETIONS,
+            )
             call = await server.upstream.next_call()
             self.assertEqual(call.json, HELLO | {"stream": False, "n": 1, "model": "m"})
 
@@ -1887,29 +2066,44 @@ class WholeAnswers(ServerCase):
     async def test_models_are_checked(self) -> None:
         """A model that is not allowed is refused, here too."""
         async with serving(responds(200, WHOLE_ANSWER)) as server:
-            answer = await self.ask(server.url, HELLO | {"model": "gpt-9"}, path=COMPLETIONS)
-            self.assertEqual((answer.status, answer.error["code"]), (404, "model_not_found"))
+            answer = await self.ask(
+                server.url,
+                HELLO | {"model": "gpt-9"},
+                path=COMPLETIONS,
+            )
+            self.assert_error(answer, 404, "model_not_found")
             self.assertEqual(server.upstream.calls, [])
 
     async def test_a_streamed_answer(self) -> None:
         """With `stream: true` the answer is streamed."""
         async with serving() as server:
-            answer = await self.ask(server.url, HELLO | {"stream": True}, path=COMPLETIONS)
+            answer = await self.ask(
+                server.url,
+                HELLO | {"stream": True},
+                path=COMPLETIONS,
+            )
             self.assertTrue(answer.is_complete)
 
     async def test_the_page_route_only_streams(self) -> None:
         """On /stream, `stream: false` is refused."""
         async with serving() as server:
             answer = await self.ask(server.url, HELLO | {"stream": False})
-            self.assertEqual((answer.status, answer.error["code"]), (400, "stream_required"))
+            self.assert_error(answer, 400, "stream_required")
 
     async def test_faults(self) -> None:
         """What is no JSON object, too long, broken off or an error is told as such."""
         too_long = json.dumps({"choices": ["x" * 20_000]}).encode()
         expected = {
-            "upstream_invalid": [b"[1]", b"Hi", b'"Hi"', b"null", b'{"choices":[NaN]}', b'{"a'],
+            "upstream_invalid": [
+                b"[1]",
+                b"Hi",
+                b'"Hi"',
+                b"null",
+                b'{"choices":[NaN]}',
+                b"<html>",
+            ],
             "event_too_large": [too_long],
-            "upstream_error": [b'{"error":{"message":"Ouch"}}', b"<html>"],
+            "upstream_error": [b'{"error":{"message":"Ouch"}}'],
         }
         async with serving(max_event_bytes=10_000) as server:
             for code, bodies in expected.items():
@@ -1917,14 +2111,14 @@ class WholeAnswers(ServerCase):
                     with self.subTest(body[:30]):
                         server.upstream.script = responds(200, body)
                         answer = await self.ask(server.url, path=COMPLETIONS)
-                        self.assertEqual((answer.status, answer.error["code"]), (502, code))
+                        self.assert_error(answer, 502, code)
 
     async def test_a_break(self) -> None:
         """A connection that breaks in the middle is a truncation."""
         script = sends(b'{"choices":', content_type=JSON, then=breaks_off)
         async with serving(script) as server:
             answer = await self.ask(server.url, path=COMPLETIONS)
-            self.assertEqual((answer.status, answer.error["code"]), (502, "stream_truncated"))
+            self.assert_error(answer, 502, "stream_truncated")
             await self.assert_outcomes(server.url, truncated=1)
 
     async def test_a_compressed_answer(self) -> None:
@@ -1938,14 +2132,14 @@ class WholeAnswers(ServerCase):
         """The upstream's 4xx is passed on."""
         async with serving(responds(429, BUSY, {"Retry-After": "7"})) as server:
             answer = await self.ask(server.url, path=COMPLETIONS)
-            self.assertEqual((answer.status, answer.error["code"]), (429, "busy"))
+            self.assert_error(answer, 429, "busy")
             self.assert_headers(answer, {"Retry-After": "7"})
 
     async def test_silence(self) -> None:
         """An upstream that does not answer within the idle limit has timed out."""
         async with serving(says_nothing, idle_seconds=0.2) as server:
             answer = await self.ask(server.url, path=COMPLETIONS)
-            self.assertEqual((answer.status, answer.error["code"]), (504, "upstream_timeout"))
+            self.assert_error(answer, 504, "upstream_timeout")
             await self.assert_outcomes(server.url, timeout=1)
 
     async def test_no_heartbeats(self) -> None:
@@ -1963,10 +2157,13 @@ class WholeAnswers(ServerCase):
             await self.ask(server.url, path=COMPLETIONS)
             await self.assert_outcomes(server.url, completed=1)
             metrics = await self.metrics(server.url)
-            self.assertEqual(metrics["gen_ai_client_operation_duration_seconds_count"], 1)
+            self.assertEqual(
+                metrics["gen_ai_client_operation_duration_seconds_count"],
+                1,
+            )
 
 
-# ---- The list of models ------------------------------------------------------------------
+# ---- The list of models ------------------------------------------------------
 
 
 class Models(ServerCase):
@@ -2028,14 +2225,14 @@ class Models(ServerCase):
         """A 401 of the upstream is told as for a stream."""
         async with serving(responds(401, BUSY), model="*") as server:
             answer = await self.get(server.url + "/v1/models")
-            self.assertEqual((answer.status, answer.error["code"]), (502, "upstream_auth"))
+            self.assert_error(answer, 502, "upstream_auth")
 
     async def test_silence(self) -> None:
         """An upstream that sends no list has timed out."""
         for script in (says_nothing, sends(b'{"data":', content_type=JSON, then=hangs)):
             async with serving(script, model="*", connect_seconds=0.2, idle_seconds=0.2) as server:
                 answer = await self.get(server.url + "/v1/models")
-                self.assertEqual((answer.status, answer.error["code"]), (504, "upstream_timeout"))
+                self.assert_error(answer, 504, "upstream_timeout")
 
     async def test_choosing_any_model(self) -> None:
         """With `*` any model may be asked for."""
@@ -2055,12 +2252,12 @@ class Models(ServerCase):
         async with serving(model="*") as server:
             for body in (HELLO, HELLO | {"model": "*"}):
                 answer = await self.ask(server.url, body)
-                self.assertEqual((answer.status, answer.error["code"]), (400, "invalid_request"))
+                self.assert_error(answer, 400, "invalid_request")
                 self.assertIn("GET /v1/models lists them", answer.error["message"])
             self.assertEqual(server.upstream.calls, [])
 
 
-# ---- Money: the client leaves, and nothing is paid twice ---------------------------------
+# ---- Money: the client leaves, and nothing is paid twice ---------------------
 
 
 async def floods(call: Call) -> None:
@@ -2216,12 +2413,21 @@ class NoSecondPayment(ServerCase):
             self.assertEqual(len(server.upstream.calls), 2)
 
 
-# ---- Limits of time ----------------------------------------------------------------------
+# ---- Limits of time ----------------------------------------------------------
 
 
-def pings(*, count: int, pause: float, ping: bytes, then: Script) -> Script:
-    """A script that sends the same sign of life again and again."""
-    return sends(*[ping] * count, pause=pause, then=then)
+def pings(ping: bytes, *, then: Script, seconds: float = 60) -> Script:
+    """A script that sends the same sign of life again and again, for so long."""
+
+    async def script(call: Call) -> None:
+        started = time.monotonic()
+        await call.send_head()
+        while time.monotonic() < started + seconds:
+            await call.send(ping)
+            await asyncio.sleep(0.02)
+        await then(call)
+
+    return script
 
 
 class TimeLimits(ServerCase):
@@ -2231,36 +2437,38 @@ class TimeLimits(ServerCase):
         """An upstream that says nothing within the idle limit has timed out: 504."""
         async with serving(says_nothing, idle_seconds=0.2) as server:
             answer = await self.ask(server.url)
-            self.assertEqual((answer.status, answer.error["code"]), (504, "upstream_timeout"))
+            self.assert_error(answer, 504, "upstream_timeout")
             await self.assert_outcomes(server.url, timeout=1)
 
     async def test_silence_in_mid_answer(self) -> None:
         """Silence after an event is told in-band, and the upstream is let go."""
         async with serving(sends(SAID, then=hangs), idle_seconds=0.2) as server:
             answer = await self.ask(server.url)
-            self.assertEqual((answer.status, answer.error["code"]), (200, "upstream_timeout"))
+            self.assert_error(answer, 200, "upstream_timeout")
             call = await server.upstream.next_call()
             await within_patience(call.gone.wait())
 
     async def test_comments_are_no_life(self) -> None:
         """Comments do not count against the idle limit."""
-        script = pings(count=1000, pause=0.02, ping=b": ping\n\n", then=hangs)
+        script = pings(b": ping\n\n", then=hangs)
         answer = await self.answer_to(script, idle_seconds=0.3)
-        self.assertEqual((answer.status, answer.error["code"]), (504, "upstream_timeout"))
+        self.assert_error(answer, 504, "upstream_timeout")
 
     async def test_dropped_events_are_life(self) -> None:
         """Events that are not forwarded do count."""
-        for ping in (event(b"null"), event(b"{}")):
-            with self.subTest(ping):
-                script = pings(count=30, pause=0.05, ping=ping, then=sends_rest)
-                answer = await self.answer_to(script, idle_seconds=1)
-                self.assertTrue(answer.is_complete)
+        scripts = [
+            pings(event(b"null"), seconds=3, then=sends_rest),
+            pings(event(b"{}"), seconds=3, then=sends_rest),
+        ]
+        asked = [self.answer_to(script, idle_seconds=2) for script in scripts]
+        for answer in await asyncio.gather(*asked):
+            self.assertTrue(answer.is_complete, answer.body)
 
     async def test_long_answers_live(self) -> None:
         """As long as events come, no limit ends an answer."""
-        script = pings(count=30, pause=0.05, ping=SAID, then=sends_rest)
-        answer = await self.answer_to(script, idle_seconds=1, write_seconds=1)
-        self.assertTrue(answer.is_complete)
+        script = pings(SAID, seconds=3, then=sends_rest)
+        answer = await self.answer_to(script, idle_seconds=2, write_seconds=2)
+        self.assertTrue(answer.is_complete, answer.body)
 
     async def test_five_seconds_after_the_last_word(self) -> None:
         """Five seconds of silence after every `finish_reason` complete an answer."""
@@ -2272,29 +2480,33 @@ class TimeLimits(ServerCase):
 
     async def test_heartbeats(self) -> None:
         """A silent stream gets a comment each interval; its status is 200 from then on."""
-        answer = await self.answer_to(says_nothing, heartbeat_seconds=0.2, idle_seconds=0.9)
-        self.assertEqual((answer.status, answer.error["code"]), (200, "upstream_timeout"))
-        self.assertIn(answer.body.count(KEEP_ALIVE), range(1, 6))
+        answer = await self.answer_to(
+            says_nothing,
+            heartbeat_seconds=0.3,
+            idle_seconds=2,
+        )
+        self.assert_error(answer, 200, "upstream_timeout")
+        self.assertIn(answer.body.count(KEEP_ALIVE), range(1, 7))
 
     async def test_heartbeats_while_the_upstream_pings(self) -> None:
         """Events that are not forwarded do not replace our heartbeats."""
-        script = pings(count=1000, pause=0.02, ping=event(b"{}"), then=hangs)
+        script = pings(event(b"{}"), then=hangs)
         async with serving(script, heartbeat_seconds=0.2) as server:
             async with self.asking(server.url) as response:
                 self.assertEqual(await response.content.readuntil(b"\n\n"), KEEP_ALIVE)
 
     async def test_no_heartbeats_while_events_flow(self) -> None:
         """An answer that flows needs no heartbeat."""
-        script = pings(count=30, pause=0.02, ping=SAID, then=sends_rest)
-        answer = await self.answer_to(script, heartbeat_seconds=1)
+        script = pings(SAID, seconds=3, then=sends_rest)
+        answer = await self.answer_to(script, heartbeat_seconds=2)
         self.assertNotIn(KEEP_ALIVE, answer.body)
 
     async def test_an_error_status_beats_the_heartbeat(self) -> None:
         """Once the upstream's error status is here, its body is awaited for two seconds at most,
         and no heartbeat commits 200 meanwhile."""
         head = b"HTTP/1.1 429 X\r\nRetry-After: 7\r\nContent-Length: 9\r\n\r\n{"
-        answer = await self.answer_to(sends_raw(head), heartbeat_seconds=0.1, idle_seconds=0.5)
-        self.assertEqual((answer.status, answer.error["code"]), (429, "upstream_rejected"))
+        answer = await self.answer_to(sends_raw(head), heartbeat_seconds=0.1)
+        self.assert_error(answer, 429, "upstream_rejected")
         self.assert_headers(answer, {"Retry-After": "7"})
 
     async def test_a_late_body(self) -> None:
@@ -2307,7 +2519,10 @@ class TimeLimits(ServerCase):
 
     async def test_a_slow_upload_gets_an_honest_status(self) -> None:
         """No heartbeat is sent before the request's body is here."""
-        async with serving(heartbeat_seconds=0.05) as server, connected(server.url) as client:
+        async with (
+            serving(heartbeat_seconds=0.05) as server,
+            connected(server.url) as client,
+        ):
             request = http_request(b"no JSON at all")
             client.send(request[:-5])
             await asyncio.sleep(0.4)
@@ -2341,7 +2556,10 @@ class TimeLimits(ServerCase):
                 await self.assert_outcomes(server.url, failed=1)
         self.assertIn("this stream is broken", "\n".join(self.log.tracebacks))
 
-    @unittest.skipUnless(os.environ.get("CHATSTREAM_TEST_SLOW"), "takes more than a minute")
+    @unittest.skipUnless(
+        os.environ.get("CHATSTREAM_TEST_SLOW"),
+        "takes more than a minute",
+    )
     async def test_idle_connections(self) -> None:
         """An idle connection, or half a head, is closed after about a minute."""
         async with (
@@ -2387,7 +2605,10 @@ class BackPressure(ServerCase):
 
     async def test_a_slow_client_slows_the_upstream(self) -> None:
         """What the client does not take, the upstream cannot send: memory is bounded."""
-        async with serving(floods) as server, connected(server.url, receive_buffer=4096) as client:
+        async with (
+            serving(floods) as server,
+            connected(server.url, receive_buffer=4096) as client,
+        ):
             client.send(http_request(HELLO))
             call = await server.upstream.next_call()
             sent = -1
@@ -2484,7 +2705,7 @@ class BackPressure(ServerCase):
                 await eventually(is_cut)
 
 
-# ---- Who gets in -------------------------------------------------------------------------
+# ---- Who gets in -------------------------------------------------------------
 
 
 @dataclass
@@ -2537,17 +2758,37 @@ ORIGINS = [
     Visitor(CHAT, site("same-origin"), 400, "invalid_json"),
     Visitor(CHAT, site("none"), 400, "invalid_json"),
     Visitor(CHAT, {"Sec-Fetch-Mode": "cors"}, 400, "invalid_json"),
-    Visitor(CHAT, name(LOCAL) | {"Origin": "http://localhost:8080"}, 400, "invalid_json"),
+    Visitor(
+        CHAT,
+        name(LOCAL) | {"Origin": "http://localhost:8080"},
+        400,
+        "invalid_json",
+    ),
     Visitor(CHAT, name("[::1]:8") | {"Origin": "http://[::1]:8"}, 400, "invalid_json"),
     Visitor(CHAT, site("same-site"), 403, "forbidden_origin"),
     Visitor(CHAT, site("cross-site"), 403, "forbidden_origin"),
     Visitor(CHAT, site(""), 403, "forbidden_origin"),
     Visitor(CHAT_API, site("cross-site"), 403, "forbidden_origin"),
     Visitor(CHAT, {"Origin": "null"}, 403, "forbidden_origin"),
-    Visitor(CHAT, name(LOCAL) | {"Origin": "http://localhost:1"}, 403, "forbidden_origin"),
+    Visitor(
+        CHAT,
+        name(LOCAL) | {"Origin": "http://localhost:1"},
+        403,
+        "forbidden_origin",
+    ),
     Visitor(CHAT, name(LOCAL) | {"Origin": "http://localhost"}, 403, "forbidden_origin"),
-    Visitor(CHAT, name(LOCAL) | {"Origin": "http://evil-localhost:8080"}, 403, "forbidden_origin"),
-    Visitor(CHAT, name(LOCAL) | {"Origin": "http://evil.example"}, 403, "forbidden_origin"),
+    Visitor(
+        CHAT,
+        name(LOCAL) | {"Origin": "http://evil-localhost:8080"},
+        403,
+        "forbidden_origin",
+    ),
+    Visitor(
+        CHAT,
+        name(LOCAL) | {"Origin": "http://evil.example"},
+        403,
+        "forbidden_origin",
+    ),
 ]
 
 METHODS = [
@@ -2561,7 +2802,12 @@ METHODS = [
     Visitor(CHAT, {"Content-Type": "text/plain"}, 415, "unsupported_media_type"),
     Visitor(CHAT, {"Content-Type": ""}, 415, "unsupported_media_type"),
     Visitor(CHAT, {"Content-Encoding": "gzip"}, 415, "unsupported_media_type"),
-    Visitor(CHAT, {"Content-Type": "application/json; charset=utf-8"}, 400, "invalid_json"),
+    Visitor(
+        CHAT,
+        {"Content-Type": "application/json; charset=utf-8"},
+        400,
+        "invalid_json",
+    ),
 ]
 
 
@@ -2626,7 +2872,14 @@ class Access(ServerCase):
 
     async def test_wrong_tokens(self) -> None:
         """With a token set, a chat or the models without it get 401, and cost nothing."""
-        wrong = ["", "Bearer ", "Bearer no", "t0k-en-123", "Basic t0k-en-123", "Bearer t0k-en-1234"]
+        wrong = [
+            "",
+            "Bearer ",
+            "Bearer no",
+            "t0k-en-123",
+            "Basic t0k-en-123",
+            "Bearer t0k-en-1234",
+        ]
         async with serving(token="t0k-en-123") as server:
             for sent in [*wrong, "Bearer tök", "Bearer t0k-en-12"]:
                 with self.subTest(sent):
@@ -2647,7 +2900,10 @@ class Access(ServerCase):
 
     async def test_bytes_that_are_no_text(self) -> None:
         """A token that is no text is a wrong token."""
-        async with serving(token="t0k-en-123") as server, connected(server.url) as client:
+        async with (
+            serving(token="t0k-en-123") as server,
+            connected(server.url) as client,
+        ):
             client.send(http_request(HELLO, headers={"Authorization": "Bearer \xff"}))
             self.assertIn(b"HTTP/1.1 401 ", await client.read_until(b"}}"))
 
@@ -2656,7 +2912,9 @@ class Access(ServerCase):
         async with serving(token="t0k-en-123") as server:
             for sent in ("Bearer t0k-en-123", "bearer t0k-en-123"):
                 headers = {"Authorization": sent}
-                self.assertTrue((await self.ask(server.url, headers=headers)).is_complete)
+                self.assertTrue(
+                    (await self.ask(server.url, headers=headers)).is_complete,
+                )
                 models = await self.get(server.url + "/v1/models", headers=headers)
                 self.assertEqual(models.status, 200)
 
@@ -2667,7 +2925,7 @@ class Access(ServerCase):
                 self.assertEqual((await self.get(server.url + path)).status, 200)
 
 
-# ---- What may be sent --------------------------------------------------------------------
+# ---- What may be sent --------------------------------------------------------
 
 
 @dataclass
@@ -2691,7 +2949,12 @@ BAD_BODIES = [
     BadBody("no JSON", b"{", 400, "invalid_json"),
     BadBody("no UTF-8", messages(b'[{"content":"\xff"}]'), 400, "invalid_json"),
     BadBody("NaN", b'{"messages":%b,"x":NaN}' % USER, 400, "invalid_json"),
-    BadBody("a number without end", b'{"messages":%b,"x":1e999}' % USER, 400, "invalid_json"),
+    BadBody(
+        "a number without end",
+        b'{"messages":%b,"x":1e999}' % USER,
+        400,
+        "invalid_json",
+    ),
     BadBody("deep nesting", b"[" * 100_000, 400, "invalid_json"),
     BadBody("deep nesting, closed", b"[" * 50_000 + b"]" * 50_000, 400, "invalid_json"),
     BadBody("a list", b"[]", 400, "invalid_request"),
@@ -2699,15 +2962,30 @@ BAD_BODIES = [
     BadBody("no messages", b"{}", 400, "invalid_messages"),
     BadBody("empty messages", messages(b"[]"), 400, "invalid_messages"),
     BadBody("messages are null", messages(b"null"), 400, "invalid_messages"),
-    BadBody("messages are an object", messages(b'{"role":"user"}'), 400, "invalid_messages"),
+    BadBody(
+        "messages are an object",
+        messages(b'{"role":"user"}'),
+        400,
+        "invalid_messages",
+    ),
     BadBody("a message is a text", messages(b'["hi"]'), 400, "invalid_messages"),
     BadBody(
         "a model that is a list", b'{"messages":%b,"model":["m"]}' % USER, 400, "invalid_request"
     ),
-    BadBody("another model", b'{"messages":%b,"model":"n"}' % USER, 404, "model_not_found"),
-    BadBody("no stream", b'{"messages":%b,"stream":false}' % USER, 400, "stream_required"),
     BadBody(
-        "a stream that is a text", b'{"messages":%b,"stream":"yes"}' % USER, 400, "stream_required"
+        "another model",
+        b'{"messages":%b,"model":"n"}' % USER,
+        404,
+        "model_not_found",
+    ),
+    BadBody(
+        "no stream",
+        b'{"messages":%b,"stream":false}' % USER,
+        400,
+        "stream_required",
+    ),
+    BadBody(
+        "a stream that is a text", b'{"messages":%b,"stream":"yes"}' % USER, 400, "invalid_request"
     ),
 ]
 
@@ -2721,7 +2999,7 @@ class Bodies(ServerCase):
             for bad in BAD_BODIES:
                 with self.subTest(bad.name):
                     answer = await self.ask(server.url, bad.body)
-                    self.assertEqual((answer.status, answer.error["code"]), (bad.status, bad.code))
+                    self.assert_error(answer, bad.status, bad.code)
                     self.assertEqual(answer.error["type"], "invalid_request_error")
             self.assertEqual(server.upstream.calls, [])
             await self.assert_outcomes(server.url, rejected=len(BAD_BODIES))
@@ -2732,13 +3010,16 @@ class Bodies(ServerCase):
         async with serving(max_body_bytes=len(body)) as server:
             self.assertTrue((await self.ask(server.url, body)).is_complete)
             answer = await self.ask(server.url, body + b" ")
-            self.assertEqual((answer.status, answer.error["code"]), (413, "body_too_large"))
+            self.assert_error(answer, 413, "body_too_large")
 
     async def test_a_body_without_end(self) -> None:
         """A body in chunks is refused as soon as it exceeds the limit."""
         headers = {"Transfer-Encoding": "chunked"}
         head = http_request(headers=headers).replace(b"Content-Length: 0\r\n", b"")
-        async with serving(max_body_bytes=1000) as server, connected(server.url) as client:
+        async with (
+            serving(max_body_bytes=1000) as server,
+            connected(server.url) as client,
+        ):
             client.send(head + b"400\r\n" + b"x" * 1024 + b"\r\n")
             answer = await client.read_until(b"body_too_large")
             self.assertIn(b"HTTP/1.1 413 ", answer)
@@ -2786,14 +3067,23 @@ class Bodies(ServerCase):
 
     async def test_http_1_0(self) -> None:
         """An HTTP/1.0 client gets an answer that ends with the connection."""
-        expected = {"POST /stream": 200, "GET /": 200, "GET /nothing": 404, "GET /metrics": 200}
+        expected = {
+            "POST /stream": 200,
+            "GET /": 200,
+            "GET /nothing": 404,
+            "GET /metrics": 200,
+        }
         async with serving() as server:
             for request, status in expected.items():
                 with self.subTest(request):
                     headers = {"Connection": "keep-alive"}
                     async with connected(server.url) as client:
                         client.send(
-                            http_request(HELLO, line=f"{request} HTTP/1.0", headers=headers)
+                            http_request(
+                                HELLO,
+                                line=f"{request} HTTP/1.0",
+                                headers=headers,
+                            )
                         )
                         answer = await client.read_to_end()
                     self.assertIn(b" %d " % status, answer.partition(b"\r\n")[0])
@@ -2819,7 +3109,7 @@ class MaxStreams(ServerCase):
         async with serving(sends(SAID, then=hangs), max_streams=1) as server:
             async with self.asking(server.url):
                 answer = await self.ask(server.url)
-        self.assertEqual((answer.status, answer.error["code"]), (503, "too_many_streams"))
+        self.assert_error(answer, 503, "too_many_streams")
         self.assert_headers(answer, {"Retry-After": "1"})
 
     async def test_whole_answers_count(self) -> None:
@@ -2828,7 +3118,7 @@ class MaxStreams(ServerCase):
             asking = asyncio.create_task(self.ask(server.url, path=COMPLETIONS))
             await server.upstream.next_call()
             answer = await self.ask(server.url)
-            self.assertEqual((answer.status, answer.error["code"]), (503, "too_many_streams"))
+            self.assert_error(answer, 503, "too_many_streams")
             asking.cancel()
             await asyncio.gather(asking, return_exceptions=True)
 
@@ -2861,7 +3151,7 @@ class MaxStreams(ServerCase):
                     self.assertEqual((await self.get(server.url + path)).status, 200)
 
 
-# ---- Headers -----------------------------------------------------------------------------
+# ---- Headers -----------------------------------------------------------------
 
 
 class AnswerHeaders(ServerCase):
@@ -2878,7 +3168,10 @@ class AnswerHeaders(ServerCase):
             for answer in answers:
                 self.assertTrue(answer.headers["X-Request-Id"])
                 self.assert_headers(answer, {"X-Content-Type-Options": "nosniff"})
-                self.assertNotRegex(answer.headers.get("Server", ""), r"\d|aiohttp|Python")
+                self.assertNotRegex(
+                    answer.headers.get("Server", ""),
+                    r"\d|aiohttp|Python",
+                )
 
     async def test_streams(self) -> None:
         """A stream says what it is, and that no proxy may hold it back."""
@@ -2972,7 +3265,7 @@ class PageHeaders(ServerCase):
         self.assertNotIn("Strict-Transport-Security", answer.headers)
 
 
-# ---- Metrics -----------------------------------------------------------------------------
+# ---- Metrics -----------------------------------------------------------------
 
 FIRST_CHUNK = "gen_ai_client_operation_time_to_first_chunk_seconds"
 DURATION = "gen_ai_client_operation_duration_seconds"
@@ -3021,7 +3314,7 @@ class Metrics(ServerCase):
 
     async def test_a_comment_is_no_first_token(self) -> None:
         """Neither a comment nor a heartbeat is the first chunk of an answer."""
-        script = pings(count=1000, pause=0.02, ping=b": ping\n\n", then=hangs)
+        script = pings(b": ping\n\n", then=hangs)
         async with serving(script, heartbeat_seconds=0.1, idle_seconds=0.4) as server:
             await self.ask(server.url)
             await self.assert_outcomes(server.url, timeout=1)
@@ -3033,7 +3326,10 @@ class Metrics(ServerCase):
         async with serving(script) as server:
             await self.ask(server.url)
             await self.assert_outcomes(server.url, completed=1)
-            self.assertEqual((await self.metrics(server.url))["chatstream_events_total"], 3)
+            self.assertEqual(
+                (await self.metrics(server.url))["chatstream_events_total"],
+                3,
+            )
 
     async def test_active_streams(self) -> None:
         """The gauge shows how many streams run."""
@@ -3045,7 +3341,10 @@ class Metrics(ServerCase):
     async def test_max_streams(self) -> None:
         """The gauge shows how many may run."""
         async with serving(max_streams=7) as server:
-            self.assertEqual((await self.metrics(server.url))["chatstream_max_streams"], 7)
+            self.assertEqual(
+                (await self.metrics(server.url))["chatstream_max_streams"],
+                7,
+            )
 
     async def test_each_request_is_counted_once(self) -> None:
         """Every POST to the stream routes has one outcome; nothing else has any."""
@@ -3061,7 +3360,12 @@ class Metrics(ServerCase):
 
     async def test_the_upstreams_faults(self) -> None:
         """What the upstream did wrong is counted as its error, its 4xx too."""
-        scripts = [responds(500, b""), responds(400, BUSY), sends(), sends(SAID, event(BUSY))]
+        scripts = [
+            responds(500, b""),
+            responds(400, BUSY),
+            sends(),
+            sends(SAID, event(BUSY)),
+        ]
         async with serving() as server:
             for script in scripts:
                 server.upstream.script = script
@@ -3076,7 +3380,7 @@ class Metrics(ServerCase):
         self.assertNotIn(b"label-of-a-client", text)
 
 
-# ---- The log -----------------------------------------------------------------------------
+# ---- The log -----------------------------------------------------------------
 
 
 @dataclass
@@ -3091,7 +3395,11 @@ class Reason:
 NO_MEMORY = "model requires more system memory (7.5 GiB) than is available (3.1 GiB)"
 
 REASONS = [
-    Reason("Ollama", responds(500, {"error": {"message": NO_MEMORY}}), ("500", NO_MEMORY)),
+    Reason(
+        "Ollama",
+        responds(500, {"error": {"message": NO_MEMORY}}),
+        ("500", NO_MEMORY),
+    ),
     Reason(
         "llama.cpp",
         responds(503, {"error": {"message": "Loading model"}}),
@@ -3101,12 +3409,24 @@ REASONS = [
         "OpenRouter", responds(502, {"error": {"metadata": {"raw": "why"}}}), ("502", "raw", "why")
     ),
     Reason("a list of errors", responds(500, {"errors": ["why"]}), ("500", "why")),
-    Reason("MiniMax", responds(500, {"base_resp": {"status_msg": "why"}}), ("500", "why")),
-    Reason("a wrong base URL", responds(404, b"404 page not found"), ("404", "page not found")),
-    Reason("401", responds(401, BUSY), ("401", "Is OPENAI_API_KEY right?", "Overloaded")),
+    Reason(
+        "MiniMax",
+        responds(500, {"base_resp": {"status_msg": "why"}}),
+        ("500", "why"),
+    ),
+    Reason(
+        "a wrong base URL",
+        responds(404, b"404 page not found"),
+        ("404", "page not found"),
+    ),
+    Reason("401", responds(401, BUSY), ("401", "OPENAI_API_KEY right?", "Overloaded")),
     Reason("403", responds(403, {"error": {"message": "region"}}), ("403", "region")),
     Reason("an error in the stream", sends(SAID, event(BUSY)), ("200", "Overloaded")),
-    Reason("no JSON in the stream", sends(SAID, event(b"nonsense")), ("200", "nonsense")),
+    Reason(
+        "no JSON in the stream",
+        sends(SAID, event(b"nonsense")),
+        ("200", "nonsense"),
+    ),
     Reason("a page", sends(b"<html>Sign in"), ("200", "Sign in")),
     Reason("a break", sends(SAID, then=breaks_off), ("200", "Error")),
     Reason("a reset", breaks_off, ("Error",)),
@@ -3136,7 +3456,7 @@ class Log(ServerCase):
     async def test_the_line_of_a_good_stream(self) -> None:
         """A stream has one line: id, outcome, status, events and times."""
         line = await self.line_for(SAYS_HI, HELLO | {"stream": True})
-        pattern = r"id=my-id outcome=completed status=200 events=2 first=0\.\d+s total=0\.\d+s$"
+        pattern = r"id=my-id outcome=completed status=200 events=2 first=0\.\d+s total=0\.\d+s"
         self.assertRegex(line, pattern)
 
     async def test_reasons(self) -> None:
@@ -3161,7 +3481,9 @@ class Log(ServerCase):
 
     async def test_reasons_stay_on_one_line(self) -> None:
         """Control characters of the upstream are escaped."""
-        line = await self.line_for(responds(500, b"one\r\ntwo \x1b[31mthree\x00 \xc2\x85"))
+        line = await self.line_for(
+            responds(500, b"one\r\ntwo \x1b[31mthree\x00 \xc2\x85"),
+        )
         self.assertIn("three", line)
         self.assertTrue(line.isprintable(), repr(line))
 
@@ -3181,7 +3503,8 @@ class Log(ServerCase):
 
     async def test_no_word_of_the_conversation(self) -> None:
         """What is asked and answered stays out of the log."""
-        private = {"messages": [{"role": "user", "content": "PRIVATE QUESTION"}]}
+        private: Json = {"messages": [{"role": "user", "content": "PRIVATE QUESTION"}]}
+        private["stream"] = True
         for body in (private, json.dumps(private).encode()[:-1]):
             await self.line_for(streams("PRIVATE", " ANSWER"), body)
             self.assertNotIn("PRIVATE", "\n".join(self.log.lines))
@@ -3229,7 +3552,7 @@ class Faults(ServerCase):
         self.assertNotIn("outcome=failed", exited.stderr)
 
 
-# ---- Settings ----------------------------------------------------------------------------
+# ---- Settings ----------------------------------------------------------------
 
 
 @dataclass
@@ -3282,7 +3605,11 @@ class Refused:
 
 
 def refused(variable: str, value: str, *words: str) -> Refused:
-    return Refused(f"{variable}={value}", {variable: value}, (variable_or_flag(variable), *words))
+    return Refused(
+        f"{variable}={value}",
+        {variable: value},
+        (variable_or_flag(variable), *words),
+    )
 
 
 def variable_or_flag(variable: str) -> str:
@@ -3313,10 +3640,18 @@ REFUSED = [
     refused("OPENAI_BASE_URL", f"http://{'x' * 64}.example/v1", "x" * 64),
     refused("OPENAI_BASE_URL", "http://x/v1/chat/completions", "/chat/completions"),
     refused("OPENAI_BASE_URL", "http://x/v1/chat/completions/", "/chat/completions"),
-    refused("CHATSTREAM_ALLOWED_HOSTS", "https://chat.example.org", "https://chat.example.org"),
+    refused(
+        "CHATSTREAM_ALLOWED_HOSTS",
+        "https://chat.example.org",
+        "https://chat.example.org",
+    ),
     refused("CHATSTREAM_ALLOWED_HOSTS", "*", "'*'"),
     refused("CHATSTREAM_ALLOWED_HOSTS", "a.example/x", "a.example/x"),
-    Refused("a public host", {"CHATSTREAM_HOST": "0.0.0.0"}, ("0.0.0.0", "CHATSTREAM_TOKEN")),
+    Refused(
+        "a public host",
+        {"CHATSTREAM_HOST": "0.0.0.0"},
+        ("0.0.0.0", "CHATSTREAM_TOKEN"),
+    ),
     Refused(
         "a host that begins like loopback",
         {"CHATSTREAM_HOST": "localhost.evil.example"},
@@ -3327,10 +3662,19 @@ REFUSED = [
         {"CHATSTREAM_HOST": "evil-localhost"},
         ("evil-localhost", "CHATSTREAM_TOKEN"),
     ),
-    Refused("a certificate alone", {"CHATSTREAM_TLS_CERT": "/x"}, ("CHATSTREAM_TLS_KEY",)),
+    Refused(
+        "a certificate alone",
+        {"CHATSTREAM_TLS_CERT": "/x"},
+        ("CHATSTREAM_TLS_KEY",),
+    ),
     Refused("a key alone", {"CHATSTREAM_TLS_KEY": "/x"}, ("CHATSTREAM_TLS_CERT",)),
     Refused("a flag without its value", {}, ("port",), flags=("--port",)),
-    Refused("a bad flag beside a good variable", {"CHATSTREAM_PORT": "1"}, ("'y'",), ("--port=y",)),
+    Refused(
+        "a bad flag beside a good variable",
+        {"CHATSTREAM_PORT": "1"},
+        ("'y'",),
+        ("--port=y",),
+    ),
     Refused("an unknown flag", {}, ("--colour",), flags=("--colour", "blue")),
     Refused("a flag cut short", {}, ("--max-st",), flags=("--max-st", "5")),
 ]
@@ -3367,7 +3711,13 @@ class ReadSettings(unittest.TestCase):
             if not setting.is_secret:
                 with self.subTest(setting.flag):
                     default = setting.default
-                    text = ",".join(default) if isinstance(default, tuple) else str(default)
+                    text = (
+                        ",".join(default)
+                        if isinstance(default, tuple)
+                        else str(
+                            default,
+                        )
+                    )
                     flags = [setting.flag, setting.text]
                     settings = read_settings({setting.variable: text}, flags)
                     self.assertEqual(getattr(settings, setting.field), setting.value)
@@ -3421,7 +3771,13 @@ class ReadSettings(unittest.TestCase):
                 self.assertIn(setting.variable, text)
                 if not setting.is_secret:
                     default = setting.default
-                    shown = ",".join(default) if isinstance(default, tuple) else str(default)
+                    shown = (
+                        ",".join(default)
+                        if isinstance(default, tuple)
+                        else str(
+                            default,
+                        )
+                    )
                     self.assertIn(setting.flag, text)
                     self.assertIn(f"{setting.variable}={shown}".lower(), text.lower())
 
@@ -3431,7 +3787,7 @@ def flat(line: str) -> str:
     return re.sub(r"[._-]", "", line.lower())
 
 
-# ---- The start ---------------------------------------------------------------------------
+# ---- The start ---------------------------------------------------------------
 
 
 class Start(ServerCase):
@@ -3468,7 +3824,10 @@ class Start(ServerCase):
 
     async def test_a_missing_certificate(self) -> None:
         """A certificate that cannot be read stops the start, and is named."""
-        files = {"CHATSTREAM_TLS_CERT": "/no/cert.pem", "CHATSTREAM_TLS_KEY": "/no/key.pem"}
+        files = {
+            "CHATSTREAM_TLS_CERT": "/no/cert.pem",
+            "CHATSTREAM_TLS_KEY": "/no/key.pem",
+        }
         exited = await failed_start(**files)
         self.assertEqual(exited.status, 2)
         self.assertIn("CHATSTREAM_TLS_CERT", exited.stderr)
@@ -3485,7 +3844,7 @@ class Start(ServerCase):
             os.set_blocking(our_end, False)
             with certificate(encrypted) as own:
                 async with process(
-                    "-c", code, environment=own.served, stdin=terminal, new_session=True
+                    "-c", code, environment=own.served, stdin=terminal, start_new_session=True
                 ) as program:
                     exited = await program.exit()
             with self.assertRaises(BlockingIOError):
@@ -3562,7 +3921,7 @@ class OpenFiles(ServerCase):
             program.process.kill()
 
 
-# ---- Drain -------------------------------------------------------------------------------
+# ---- Drain -------------------------------------------------------------------
 
 
 def accepts_connections(url: str) -> bool:
@@ -3718,7 +4077,7 @@ class Drain(ServerCase):
                 program.signal(signal.SIGTERM)
                 answer = await asking
                 exited = await program.exit()
-            self.assertEqual((answer.status, answer.error["code"]), (503, "server_draining"))
+            self.assert_error(answer, 503, "server_draining")
             self.assert_headers(answer, {"X-Should-Retry": "false"})
             self.assertEqual(exited.status, 0)
             self.assertIn("outcome=drained", exited.stderr)
@@ -3769,7 +4128,10 @@ class Drain(ServerCase):
     async def test_a_second_signal(self) -> None:
         """A second signal ends it at once, with status 1; the log is not lost."""
         async with self.program(sends(SAID, then=hangs), drain_seconds=60) as program:
-            async with self.asking(program.url) as left, self.asking(program.url) as stays:
+            async with (
+                self.asking(program.url) as left,
+                self.asking(program.url) as stays,
+            ):
                 await left.content.readuntil(b"\n\n")
                 await stays.content.readuntil(b"\n\n")
                 program.signal(signal.SIGINT)
@@ -3838,9 +4200,15 @@ class Drain(ServerCase):
                     self.assertEqual((await program.stop()).status, 0)
 
 
-# ---- The demo ----------------------------------------------------------------------------
+# ---- The demo ----------------------------------------------------------------
 
-DEMO_MODELS = ["demo", "demo-slow-start", "demo-cut-off", "demo-error", "demo-rate-limit"]
+DEMO_MODELS = [
+    "demo",
+    "demo-slow-start",
+    "demo-cut-off",
+    "demo-error",
+    "demo-rate-limit",
+]
 
 
 @dataclass
@@ -3865,7 +4233,10 @@ class Demo(ServerCase):
             return Demo.cached
         # The demo must work behind a proxy, too.
         proxy = {"http_proxy": "http://127.0.0.1:1", "no_proxy": ""}
-        parts = [{"type": "text", "text": "Say hello"}, {"type": "image_url", "image_url": {}}]
+        parts = [
+            {"type": "text", "text": "Say hello"},
+            {"type": "image_url", "image_url": {}},
+        ]
         with_parts = {"messages": [{"role": "user", "content": parts}]}
         async with running_program("--heartbeat-seconds", "0.3", **proxy) as program:
             models = await self.get(program.url + "/v1/models")
@@ -3917,7 +4288,10 @@ class Demo(ServerCase):
     async def test_a_whole_answer(self) -> None:
         """A request that does not ask for a stream gets a whole answer."""
         answer = (await self.demo()).whole
-        self.assertEqual((answer.status, answer.json["object"]), (200, "chat.completion"))
+        self.assertEqual(
+            (answer.status, answer.json["object"]),
+            (200, "chat.completion"),
+        )
         choice = answer.json["choices"][0]
         self.assertEqual(
             (choice["message"]["role"], choice["finish_reason"]), ("assistant", "stop")
@@ -3940,7 +4314,7 @@ class Demo(ServerCase):
     async def test_a_cut(self) -> None:
         """`demo-cut-off` is truncated."""
         answer = (await self.demo()).streamed["demo-cut-off"]
-        self.assertEqual((answer.status, answer.error["code"]), (200, "stream_truncated"))
+        self.assert_error(answer, 200, "stream_truncated")
 
     async def test_an_error(self) -> None:
         """`demo-error` fails half-way."""
@@ -3969,7 +4343,11 @@ class Demo(ServerCase):
                 if port != urlsplit(program.url).port:
                     answer = await self.get(f"http://127.0.0.1:{port}/")
                     self.assertEqual(answer.status, 400)
-                    poke = self.ask(f"http://127.0.0.1:{port}", b"[]", path="/v1/chat/completions")
+                    poke = self.ask(
+                        f"http://127.0.0.1:{port}",
+                        b"[]",
+                        path="/v1/chat/completions",
+                    )
                     self.assertEqual((await poke).status, 400)
             exited = await program.stop()
         self.assertEqual(exited.status, 0)
@@ -3990,7 +4368,7 @@ def listening_ports(pid: int) -> list[int]:
     return ports
 
 
-# ---- The README --------------------------------------------------------------------------
+# ---- The README --------------------------------------------------------------
 
 
 class Readme(unittest.TestCase):
@@ -4007,7 +4385,13 @@ class Readme(unittest.TestCase):
                 assert row, "not in the table"
                 if setting.default:
                     default = setting.default
-                    shown = ",".join(default) if isinstance(default, tuple) else str(default)
+                    shown = (
+                        ",".join(default)
+                        if isinstance(default, tuple)
+                        else str(
+                            default,
+                        )
+                    )
                     self.assertIn(shown.lower(), row[0].lower())
 
     def test_no_setting_too_many(self) -> None:
@@ -4048,5 +4432,5 @@ class Readme(unittest.TestCase):
                 self.assertTrue((HERE / path.partition("#")[0]).exists())
 
 
-# ---- The page, in Chromium ---------------------------------------------------------------
+# ---- The page, in Chromium ---------------------------------------------------
 # The tests of the page follow here. They use the same upstream and `serving`.
