@@ -50,7 +50,7 @@ import aiohttp
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-# ---- Server-sent events ------------------------------------------------------------------
+# ---- Server-sent events --------------------------------------------------------------
 # Bytes in, events out. This class needs nothing else from this file: copy it where you like.
 
 BOM = b"\xef\xbb\xbf"  # the byte order mark, in UTF-8
@@ -133,10 +133,11 @@ class EventParser:
             raise OverflowError
 
 
-# ---- Errors ------------------------------------------------------------------------------
+# ---- Errors --------------------------------------------------------------------------
 # Raise early, convert once: whatever goes wrong is raised as a Failure, and only `send_failure`
 # turns it into an answer.
 
+# fmt: off
 ERRORS = {  # code: (HTTP status, outcome in the metrics, message)
     "invalid_json": (400, "rejected", "The request body is not valid JSON."),
     "invalid_request": (400, "rejected", "The request body must be a JSON object."),
@@ -164,6 +165,7 @@ ERRORS = {  # code: (HTTP status, outcome in the metrics, message)
     "server_draining": (503, "rejected", "This server is shutting down."),
     "upstream_timeout": (504, "timeout", "The model server did not answer in time."),
 }
+# fmt: on
 TYPES = {  # HTTP status: `type` of the error; for all others "invalid_request_error"
     401: "authentication_error",
     429: "rate_limit_error",
@@ -197,73 +199,12 @@ class Failure(Exception):
             self.headers["Retry-After"] = "1"
 
 
-def describe(failure: Failure, body: bytes) -> Failure:
-    """Fills in what an upstream's body says of its error, in any of the known dialects."""
-    try:
-        document = decode_json(body)
-    except (ValueError, RecursionError):
-        return failure
-    if isinstance(document, list) and document:
-        document = document[0]
-    message = message_in(document)
-    # A page or a traceback is for the log, not for the reader.
-    if message and not re.search(r"(?i)<(!doctype|html|head|body)\b|Traceback \(most", message):
-        failure.message = message
-    if not isinstance(document, dict):
-        return failure
-    details = document.get("error")
-    if not isinstance(details, dict):
-        details = document
-    for name in ("type", "code", "param"):
-        value = details.get(name)
-        if isinstance(value, str) and 0 < len(value) <= 64:
-            setattr(failure, name, value)
-    return failure
-
-
-ERROR_KEYS = ("error", "errors", "message", "msg", "detail", "choices")
-
-
-def message_in(document: object) -> str:
-    """The text for people: {"error": {"message": text}}, {"detail": [{"msg": text}]} and so on."""
-    while isinstance(document, dict | list):
-        if isinstance(document, list):
-            document = document[0] if document else ""
-        else:
-            texts = (document.get(key) for key in ERROR_KEYS)
-            document = next(filter(None, texts), "")
-    return document if isinstance(document, str) else ""
-
-
-def excerpt(body: bytes) -> str:
-    """As much of an upstream's body as the log shows."""
-    return body[:300].decode(errors="backslashreplace")
-
-
-# ---- JSON --------------------------------------------------------------------------------
-
-WHITE_SPACE = b" \t\r\n"
-
-
-def refuse_constant(name: str) -> None:
-    """Python reads NaN and Infinity, which are not JSON (RFC 8259)."""
-    raise ValueError(name)
-
-
-JSON_DECODER = json.JSONDecoder(parse_constant=refuse_constant)
-encode_json = json.JSONEncoder(allow_nan=False).encode
-
-
-def decode_json(data: bytes) -> Any:
-    """Raises ValueError for anything but JSON in UTF-8, RecursionError if nested too deeply."""
-    return JSON_DECODER.decode(data.decode())
-
-
-# ---- What goes out -----------------------------------------------------------------------
+# ---- What goes out -------------------------------------------------------------------
 # Chunks (JSON objects with `choices`), heartbeats, then [DONE] or one error. Anything else
 # breaks some client.
 
 DONE = b"data: [DONE]\n\n"
+WHITE_SPACE = b" \t\r\n"  # in JSON
 
 
 class Relay:
@@ -310,8 +251,8 @@ class Relay:
         The only place that decides whether the answer is complete.
         """
         if self.document:
-            document = bytes(self.document).strip(BOM + WHITE_SPACE)
-            out = self.relay_events([(b"", document)])
+            document = self.document.strip(BOM + WHITE_SPACE).replace(b"\r", b" ")
+            out = self.relay_events([(b"", bytes(document))])
             is_cut = self.malformed and is_half(document)
             is_complete = self.events_sent > 0 and not error
         else:
@@ -353,7 +294,9 @@ class Relay:
             self.failure = Failure("event_too_large")
         except (ValueError, RecursionError):
             self.malformed = True
-            self.failure = Failure("upstream_invalid", cause=f"not a JSON object: {excerpt(data)}")
+            self.failure = Failure(
+                "upstream_invalid", cause=f"not a JSON object: {excerpt(data)}"
+            )
         return b"".join(out)
 
     def check_event(self, event_type: bytes, data: bytes) -> bytes:
@@ -404,62 +347,7 @@ class Relay:
         return encode_json(chunk | {"object": "chat.completion.chunk"}).encode()
 
 
-def replace_message(choice: dict[str, Any], is_repetition: bool) -> None:
-    """Gives a choice of a whole answer, which has a `message`, a `delta` as in a stream."""
-    message = choice.pop("message")
-    if "delta" in choice:
-        return
-    # After deltas, a message only repeats what they said.
-    choice["delta"] = {} if is_repetition else message
-    calls = message.get("tool_calls") if isinstance(message, dict) else None
-    if isinstance(calls, list):
-        for index, call in enumerate(calls):
-            if isinstance(call, dict):
-                call.setdefault("index", index)
-
-
-def is_half(document: bytes) -> bool:
-    """Was it cut off? Then it opens more objects than it closes."""
-    return document.count(b"{") > document.count(b"}")
-
-
-def truncation(error: Exception | None) -> Failure:
-    return Failure("stream_truncated", cause=repr(error) if error else "the body ended too early")
-
-
-def has_error(document: object) -> bool:
-    """Is it an error, in one of the upstreams' dialects?"""
-    if isinstance(document, list) and document:
-        document = document[0]
-    if not isinstance(document, dict):
-        return False
-    if document.get("error") or document.get("object") == "error":
-        return True
-    choices = document.get("choices")
-    if not isinstance(choices, list):
-        return False
-    return any(isinstance(choice, dict) and choice.get("error") for choice in choices)
-
-
-def error_in_stream(data: bytes) -> Failure:
-    """What an upstream reports after it has answered with a good status."""
-    return describe(Failure("upstream_error", cause=excerpt(data)), data)
-
-
-def check_completion(body: bytes) -> None:
-    """Checks an answer that is not streamed. Raises Failure."""
-    try:
-        completion = decode_json(body.strip(BOM + WHITE_SPACE))
-    except (ValueError, RecursionError):
-        completion = None
-    if has_error(completion):
-        raise error_in_stream(body)
-    if not isinstance(completion, dict):
-        code = "stream_truncated" if is_half(body) else "upstream_invalid"
-        raise Failure(code, cause=f"not a JSON object: {excerpt(body)}")
-
-
-# ---- One stream, from the request to the last byte ---------------------------------------
+# ---- One stream, from the request to the last byte -----------------------------------
 
 COMMON_HEADERS = {"Server": "chatstream", "X-Content-Type-Options": "nosniff"}
 STREAM_HEADERS = {
@@ -519,7 +407,9 @@ class Exchange:
         if self.failure:
             raise self.failure
 
-    async def finish(self, response: web.StreamResponse, last: bytes = b"") -> web.StreamResponse:
+    async def finish(
+        self, response: web.StreamResponse, last: bytes = b""
+    ) -> web.StreamResponse:
         """Ends the answer. Returns when the client's side has taken all of it: until then, this
         exchange counts as running."""
         self.is_ending = True
@@ -594,7 +484,9 @@ async def ask_upstream(exchange: Exchange, stream: Stream) -> aiohttp.ClientResp
     return await open_upstream(exchange, "/chat/completions", completion)
 
 
-async def relay_answer(exchange: Exchange, stream: Stream, answer: aiohttp.ClientResponse) -> bytes:
+async def relay_answer(
+    exchange: Exchange, stream: Stream, answer: aiohttp.ClientResponse
+) -> bytes:
     """Relays each event the moment its last byte is in. Returns the last bytes. Raises Failure.
 
     The status waits for the first event: what fails before it gets an HTTP status of its own.
@@ -637,7 +529,7 @@ class UpstreamAnswer(aiohttp.ClientResponse):
         super().close()
 
 
-# ---- Time limits -------------------------------------------------------------------------
+# ---- Time limits ---------------------------------------------------------------------
 # Every exchange is looked at a few times a second: a timer for each read and write costs more.
 
 SECONDS_AFTER_FINISH = 5
@@ -677,7 +569,9 @@ def enforce_limits(exchange: Exchange, settings: Settings) -> bool:
     upstreams_turn = stream.body_received and not unsent
     silent = stream.upstream_stall.seconds(stream.relay.events_received, upstreams_turn)
     if silent >= settings.idle_seconds:
-        exchange.stop(Failure("upstream_timeout", cause="silent for CHATSTREAM_IDLE_SECONDS"))
+        exchange.stop(
+            Failure("upstream_timeout", cause="silent for CHATSTREAM_IDLE_SECONDS")
+        )
     # aiohttp does not always tell the reader that its connection was lost. And some upstreams
     # leave it open after they have said everything.
     connection = stream.upstream.connection if stream.upstream else None
@@ -688,14 +582,18 @@ def enforce_limits(exchange: Exchange, settings: Settings) -> bool:
 
     quiet = stream.write_stall.seconds(exchange.bytes_written, upstreams_turn)
     return (
-        exchange.takes_heartbeats and not exchange.failure and quiet >= settings.heartbeat_seconds
+        exchange.takes_heartbeats
+        and not exchange.failure
+        and quiet >= settings.heartbeat_seconds
     )
 
 
 async def watch(server: Chatstream) -> None:
     """Enforces the limits of all exchanges, as long as the server runs."""
     settings = server.settings
-    shortest = min(settings.idle_seconds, settings.write_seconds, settings.heartbeat_seconds)
+    shortest = min(
+        settings.idle_seconds, settings.write_seconds, settings.heartbeat_seconds
+    )
     while True:
         await asyncio.sleep(max(0.01, min(1.0, shortest / 10)))
         for exchange in list(server.exchanges):
@@ -704,12 +602,14 @@ async def watch(server: Chatstream) -> None:
                     await exchange.write(b": keep-alive\n\n")
             except ConnectionError:
                 pass  # the client has left, and aiohttp cancels the handler
-            except Exception as error:  # a fault in one must not end the limits of the others
+            except (
+                Exception
+            ) as error:  # a fault in one must not end the limits of the others
                 logger.exception("a bug in chatstream")
                 exchange.stop(Failure("internal_error", cause=repr(error)))
 
 
-# ---- The entry point ---------------------------------------------------------------------
+# ---- The entry point -----------------------------------------------------------------
 
 
 async def handle(server: Chatstream, request: web.BaseRequest) -> web.StreamResponse:
@@ -732,7 +632,9 @@ async def handle(server: Chatstream, request: web.BaseRequest) -> web.StreamResp
         return exchange.response or web.Response()
     except Exception as error:
         logger.exception("a bug in chatstream")
-        return await send_failure(exchange, Failure("internal_error", cause=repr(error)))
+        return await send_failure(
+            exchange, Failure("internal_error", cause=repr(error))
+        )
     finally:
         server.exchanges.discard(exchange)
         server.streams.discard(exchange)
@@ -810,7 +712,7 @@ async def listen(
     return runner
 
 
-# ---- The request -------------------------------------------------------------------------
+# ---- The request ---------------------------------------------------------------------
 # Unknown parameters pass, so that those that OpenAI adds next year work.
 
 
@@ -847,13 +749,17 @@ async def read_request(exchange: Exchange, settings: Settings) -> bytes:
     except TimeoutError:
         raise Failure("request_timeout") from None
     except (web.RequestPayloadError, HttpProcessingError):
-        raise Failure("invalid_request", "The request body's encoding is broken.") from None
+        raise Failure(
+            "invalid_request", "The request body's encoding is broken."
+        ) from None
     if len(body) > settings.max_body_bytes:
         raise Failure("body_too_large")
     return body
 
 
-def check_request(body: bytes, models: tuple[str, ...], always_stream: bool) -> dict[str, Any]:
+def check_request(
+    body: bytes, models: tuple[str, ...], always_stream: bool
+) -> dict[str, Any]:
     """Returns the request as it is sent on. Raises Failure.
 
     It is encoded anew: a key that the body repeats cannot slip another model past this check.
@@ -884,13 +790,15 @@ def check_request(body: bytes, models: tuple[str, ...], always_stream: bool) -> 
         completion["model"] = models[0]
     model = completion["model"]
     if not isinstance(model, str) or model == "*":
-        raise Failure("invalid_request", "`model` is required; GET /v1/models lists them.")
+        raise Failure(
+            "invalid_request", "`model` is required; GET /v1/models lists them."
+        )
     if model not in models and "*" not in models:
         raise Failure("model_not_found")
     return completion
 
 
-# ---- The upstream ------------------------------------------------------------------------
+# ---- The upstream --------------------------------------------------------------------
 
 OPENAI_URL = "https://api.openai.com/v1"
 OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)
@@ -1007,7 +915,9 @@ async def status_failure(answer: aiohttp.ClientResponse) -> Failure:
         return Failure("upstream_error", cause=cause)
     headers = {}
     for name, value in answer.headers.items():
-        is_limit = re.fullmatch("(?i)retry-after|retry-after-ms|x-ratelimit-[a-z-]+", name)
+        is_limit = re.fullmatch(
+            "(?i)retry-after|retry-after-ms|x-ratelimit-[a-z-]+", name
+        )
         if is_limit and value.isascii() and value.isprintable():
             headers[name] = value
     failure = Failure("upstream_rejected", cause=cause, status=status, headers=headers)
@@ -1026,7 +936,127 @@ async def read_completion(answer: aiohttp.ClientResponse, limit: int) -> bytes:
     return body
 
 
-# ---- Who gets in -------------------------------------------------------------------------
+# ---- The upstreams' dialects ---------------------------------------------------------
+# What they send instead of what OpenAI would send: errors under a good status, whole messages.
+
+
+def refuse_constant(name: str) -> None:
+    """Python reads NaN and Infinity, which are not JSON (RFC 8259)."""
+    raise ValueError(name)
+
+
+JSON_DECODER = json.JSONDecoder(parse_constant=refuse_constant)
+encode_json = json.JSONEncoder(allow_nan=False).encode
+
+
+def decode_json(data: bytes) -> Any:
+    """Raises ValueError for anything but JSON in UTF-8, RecursionError if nested too deeply."""
+    return JSON_DECODER.decode(data.decode())
+
+
+def replace_message(choice: dict[str, Any], is_repetition: bool) -> None:
+    """Gives a choice of a whole answer, which has a `message`, a `delta` as in a stream."""
+    message = choice.pop("message")
+    if "delta" in choice:
+        return
+    # After deltas, a message only repeats what they said.
+    choice["delta"] = {} if is_repetition else message
+    calls = message.get("tool_calls") if isinstance(message, dict) else None
+    if isinstance(calls, list):
+        for index, call in enumerate(calls):
+            if isinstance(call, dict):
+                call.setdefault("index", index)
+
+
+def is_half(document: bytes | bytearray) -> bool:
+    """Was it cut off? Then it opens more objects than it closes."""
+    return document.count(b"{") > document.count(b"}")
+
+
+def truncation(error: Exception | None) -> Failure:
+    return Failure(
+        "stream_truncated", cause=repr(error) if error else "the body ended too early"
+    )
+
+
+def has_error(document: object) -> bool:
+    """Is it an error, in one of the upstreams' dialects?"""
+    if isinstance(document, list) and document:
+        document = document[0]
+    if not isinstance(document, dict):
+        return False
+    if document.get("error") or document.get("object") == "error":
+        return True
+    choices = document.get("choices")
+    if not isinstance(choices, list):
+        return False
+    return any(isinstance(choice, dict) and choice.get("error") for choice in choices)
+
+
+def error_in_stream(data: bytes) -> Failure:
+    """What an upstream reports after it has answered with a good status."""
+    return describe(Failure("upstream_error", cause=excerpt(data)), data)
+
+
+def check_completion(body: bytes) -> None:
+    """Checks an answer that is not streamed. Raises Failure."""
+    try:
+        completion = decode_json(body.strip(BOM + WHITE_SPACE))
+    except (ValueError, RecursionError):
+        completion = None
+    if has_error(completion):
+        raise error_in_stream(body)
+    if not isinstance(completion, dict):
+        code = "stream_truncated" if is_half(body) else "upstream_invalid"
+        raise Failure(code, cause=f"not a JSON object: {excerpt(body)}")
+
+
+def describe(failure: Failure, body: bytes) -> Failure:
+    """Fills in what an upstream's body says of its error, in any of the known dialects."""
+    try:
+        document = decode_json(body)
+    except (ValueError, RecursionError):
+        return failure
+    if isinstance(document, list) and document:
+        document = document[0]
+    message = message_in(document)
+    # A page or a traceback is for the log, not for the reader.
+    if message and not re.search(
+        r"(?i)<(!doctype|html|head|body)\b|Traceback \(most", message
+    ):
+        failure.message = message
+    if not isinstance(document, dict):
+        return failure
+    details = document.get("error")
+    if not isinstance(details, dict):
+        details = document
+    for name in ("type", "code", "param"):
+        value = details.get(name)
+        if isinstance(value, str) and 0 < len(value) <= 64:
+            setattr(failure, name, value)
+    return failure
+
+
+ERROR_KEYS = ("error", "errors", "message", "msg", "detail", "choices")
+
+
+def message_in(document: object) -> str:
+    """The text for people: {"error": {"message": text}}, {"detail": [{"msg": text}]} and so on."""
+    while isinstance(document, dict | list):
+        if isinstance(document, list):
+            document = document[0] if document else ""
+        else:
+            texts = (document.get(key) for key in ERROR_KEYS)
+            document = next(filter(None, texts), "")
+    return document if isinstance(document, str) else ""
+
+
+def excerpt(body: bytes) -> str:
+    """As much of an upstream's body as the log shows."""
+    return body[:300].decode(errors="backslashreplace")
+
+
+# ---- Who gets in ---------------------------------------------------------------------
 # A page on another origin, or one whose name was rebound to this machine, must not spend the
 # key. Browsers reveal both in headers that no page can change.
 
@@ -1086,11 +1116,13 @@ def has_token(request: web.BaseRequest, token: str) -> bool:
         return True
     scheme, _, sent = request.headers.get("Authorization", "").partition(" ")
     # The time of this comparison does not depend on where the two differ.
-    is_same = hmac.compare_digest(sent.strip().encode(errors="surrogateescape"), token.encode())
+    is_same = hmac.compare_digest(
+        sent.strip().encode(errors="surrogateescape"), token.encode()
+    )
     return is_same and scheme.lower() == "bearer"
 
 
-# ---- The server --------------------------------------------------------------------------
+# ---- The server ----------------------------------------------------------------------
 
 logger = logging.getLogger("chatstream")
 
@@ -1102,7 +1134,9 @@ class Chatstream:
         self.settings = settings
         self.upstream_url = settings.base_url or OPENAI_URL
         self.proxy = environment_proxy(self.upstream_url)
-        self.secrets = [text for text in (settings.api_key, settings.token) if len(text) > 8]
+        self.secrets = [
+            text for text in (settings.api_key, settings.token) if len(text) > 8
+        ]
         if self.proxy and "@" in self.proxy:
             self.secrets.append(urlsplit(self.proxy).netloc.rpartition("@")[0])
         self.hosts = set(settings.allowed_hosts)
@@ -1131,7 +1165,9 @@ class Chatstream:
                 raise BadSetting(
                     f"CHATSTREAM_PORT={settings.port} is in use; 0 takes any free port"
                 ) from None
-            raise BadSetting(f"cannot listen on CHATSTREAM_HOST={settings.host}: {error}") from None
+            raise BadSetting(
+                f"cannot listen on CHATSTREAM_HOST={settings.host}: {error}"
+            ) from None
         self.session = open_session(settings, self.proxy)
         self.watcher = asyncio.create_task(watch(self))
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
@@ -1219,10 +1255,18 @@ async def list_models(exchange: Exchange) -> web.StreamResponse:
     for entry in entries:
         name = entry.get("id") if isinstance(entry, dict) else None
         if isinstance(name, str) and name and name not in models:
-            defaults = {"object": "model", "created": server.created, "owned_by": "chatstream"}
-            models[name] = defaults | {key: entry[key] for key in entry if entry[key] is not None}
+            defaults = {
+                "object": "model",
+                "created": server.created,
+                "owned_by": "chatstream",
+            }
+            models[name] = defaults | {
+                key: entry[key] for key in entry if entry[key] is not None
+            }
     body = encode_json({"object": "list", "data": list(models.values())}).encode()
-    return await exchange.finish(json_response(body, headers={"Cache-Control": "no-store"}))
+    return await exchange.finish(
+        json_response(body, headers={"Cache-Control": "no-store"})
+    )
 
 
 async def upstream_models(exchange: Exchange) -> list[Any]:
@@ -1241,7 +1285,9 @@ async def upstream_models(exchange: Exchange) -> list[Any]:
     if isinstance(listed, dict):
         listed = listed.get("data")
     if not isinstance(listed, list):
-        raise Failure("upstream_invalid", "The model server lists no models.", excerpt(body))
+        raise Failure(
+            "upstream_invalid", "The model server lists no models.", excerpt(body)
+        )
     return listed
 
 
@@ -1252,7 +1298,7 @@ async def probe(exchange: Exchange) -> web.StreamResponse:
     return await exchange.finish(json_response(b'{"status": "ok"}'))
 
 
-# ---- The log and the metrics -------------------------------------------------------------
+# ---- The log and the metrics ---------------------------------------------------------
 
 
 class Histogram:
@@ -1310,10 +1356,15 @@ def count_and_log(exchange: Exchange) -> None:
             metrics.duration.observe(total_seconds)
     if is_chat or (failure and failure.cause):
         status = exchange.response.status if exchange.response else "-"
-        cause = ""
-        if failure:
-            upstream = f"upstream HTTP {exchange.upstream_status}: "
-            cause = f"{failure.code}: {request.path}: {upstream}{failure.cause}"
+        upstream = (
+            f"upstream HTTP {exchange.upstream_status}"
+            if exchange.upstream_status
+            else ""
+        )
+        causes = (
+            [failure.code, request.path, upstream, failure.cause] if failure else []
+        )
+        cause = ": ".join(filter(None, causes))
         logger.info(
             f"id={exchange.id} outcome={outcome} status={status} events={events} "
             f"first={first_seconds:.3f}s total={total_seconds:.3f}s "
@@ -1324,31 +1375,8 @@ def count_and_log(exchange: Exchange) -> None:
 
 async def show_metrics(exchange: Exchange) -> web.StreamResponse:
     """Prometheus' text format, version 0.0.4. No label comes from a client."""
-    server = exchange.server
-    metrics = server.metrics
-    active = sum(each.stream is not None and each.stream.body_received for each in server.streams)
-    outcomes = {f'{{outcome="{name}"}}': total for name, total in metrics.outcomes.items()}
-    genai = "gen_ai_client_operation"  # OpenTelemetry's name
     lines = []
-    for name, kind, meaning, samples in (
-        ("chatstream_active_streams", "gauge", "Streams running now.", {"": active}),
-        ("chatstream_draining", "gauge", "1 while shutting down.", {"": int(server.draining)}),
-        ("chatstream_max_streams", "gauge", "Most streams at once.", {"": server.max_streams}),
-        ("chatstream_streams_total", "counter", "Requests, by how they ended.", outcomes),
-        ("chatstream_events_total", "counter", "Chunks relayed.", {"": metrics.events_sent}),
-        (
-            f"{genai}_time_to_first_chunk_seconds",
-            "histogram",
-            "Time to the first chunk.",
-            metrics.first_chunk.samples(),
-        ),
-        (
-            f"{genai}_duration_seconds",
-            "histogram",
-            "Time to the end of the answer.",
-            metrics.duration.samples(),
-        ),
-    ):
+    for name, kind, meaning, samples in measurements(exchange.server):
         lines.append(f"# HELP {name} {meaning}")
         lines.append(f"# TYPE {name} {kind}")
         lines.extend(f"{name}{suffix} {value}" for suffix, value in samples.items())
@@ -1358,6 +1386,31 @@ async def show_metrics(exchange: Exchange) -> web.StreamResponse:
     }
     body = "\n".join([*lines, ""]).encode()
     return await exchange.finish(web.Response(body=body, headers=headers))
+
+
+def measurements(
+    server: Chatstream,
+) -> Iterator[tuple[str, str, str, Mapping[str, float]]]:
+    """Yields the name, the kind, the meaning and the samples of each metric."""
+    streams = [exchange.stream for exchange in server.streams if exchange.stream]
+    active = sum(stream.body_received for stream in streams)
+    metrics = server.metrics
+    outcomes = {
+        f'{{outcome="{name}"}}': total for name, total in metrics.outcomes.items()
+    }
+    first_chunk = (
+        "gen_ai_client_operation_time_to_first_chunk_seconds"  # OpenTelemetry's
+    )
+    duration = "gen_ai_client_operation_duration_seconds"
+    # fmt: off
+    yield "chatstream_active_streams", "gauge", "Streams running now.", {"": active}
+    yield "chatstream_draining", "gauge", "1 while shutting down.", {"": int(server.draining)}
+    yield "chatstream_max_streams", "gauge", "Most streams at once.", {"": server.max_streams}
+    yield "chatstream_streams_total", "counter", "Requests, by how they ended.", outcomes
+    yield "chatstream_events_total", "counter", "Chunks relayed.", {"": metrics.events_sent}
+    yield first_chunk, "histogram", "Time to the first chunk.", metrics.first_chunk.samples()
+    yield duration, "histogram", "Time to the end of the answer.", metrics.duration.samples()
+    # fmt: on
 
 
 CHAT_PATHS = ("/stream", "/v1/chat/completions")
@@ -1374,7 +1427,7 @@ ROUTES: dict[str, tuple[tuple[str, ...], Handler]] = {  # `route` says which are
 }
 
 
-# ---- Settings ----------------------------------------------------------------------------
+# ---- Settings ------------------------------------------------------------------------
 # A setting is a field of Settings and a line in `read_settings`.
 
 
@@ -1411,9 +1464,36 @@ def read_settings(environ: Mapping[str, str], arguments: list[str]) -> Settings:
         epilog="Secrets have a variable and no flag: OPENAI_API_KEY, CHATSTREAM_TOKEN.",
         allow_abbrev=False,
     )
+    add_settings(parser, environ)
+    values, unknown = parser.parse_known_args(arguments)
+    if unknown:  # shown without its value, which may be a secret
+        parser.error(f"unknown argument: {unknown[0].partition('=')[0]}")
+    values.api_key = environ.get("OPENAI_API_KEY", "").strip()
+    values.token = environ.get("CHATSTREAM_TOKEN", "").strip()
+    if not re.fullmatch("[!-~]*", values.api_key):
+        parser.error(
+            "OPENAI_API_KEY must be visible ASCII, since it travels in a header"
+        )
+    if not re.fullmatch("[!-~]*", values.token):
+        parser.error(
+            "CHATSTREAM_TOKEN must be visible ASCII, since it travels in a header"
+        )
+    if not values.token and not is_loopback(values.host):
+        parser.error(
+            f"CHATSTREAM_HOST={values.host} is open to others: set CHATSTREAM_TOKEN"
+        )
+    if bool(values.tls_cert) != bool(values.tls_key):
+        parser.error("CHATSTREAM_TLS_CERT and CHATSTREAM_TLS_KEY: set both or neither")
+    return Settings(**vars(values))
 
+
+def add_settings(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> None:
     def add(
-        variable: str, default: str, convert: Callable[[str], object], meaning: str, **more: Any
+        variable: str,
+        default: str,
+        convert: Callable[[str], object],
+        meaning: str,
+        **more: Any,
     ) -> None:
         name = variable.partition("_")[2].lower()
         parser.add_argument(
@@ -1426,43 +1506,25 @@ def read_settings(environ: Mapping[str, str], arguments: list[str]) -> Settings:
             **more,
         )
 
-    add("OPENAI_BASE_URL", "", base_url, f"any OpenAI-compatible upstream (else {OPENAI_URL})")
+    # fmt: off
+    add("OPENAI_BASE_URL", "", base_url, f"an OpenAI-compatible upstream (or {OPENAI_URL})")
     add("OPENAI_MODEL", "gpt-4o-mini", names, "models, the first is the default; * = any")
-    add("CHATSTREAM_HOST", "127.0.0.1", str, "address to listen on; a public one needs a token")
+    add("CHATSTREAM_HOST", "127.0.0.1", str, "address; a public one needs a token")
     add("CHATSTREAM_PORT", "8080", port_number, "port; 0 = any free one")
     add("CHATSTREAM_ALLOWED_HOSTS", "", host_names, "further Host names served")
-    add("CHATSTREAM_MAX_STREAMS", "1000", positive_integer, "streams at once; one more gets 503")
+    add("CHATSTREAM_MAX_STREAMS", "1000", positive_integer, "streams at once")
     add("CHATSTREAM_MAX_BODY_BYTES", "1048576", positive_integer, "longest request body")
-    add("CHATSTREAM_MAX_EVENT_BYTES", "1048576", positive_integer, "longest event or whole answer")
+    add("CHATSTREAM_MAX_EVENT_BYTES", "1048576", positive_integer, "longest event or answer")
     add("CHATSTREAM_CONNECT_SECONDS", "5", positive_seconds, "to connect to the upstream")
     add("CHATSTREAM_IDLE_SECONDS", "300", positive_seconds, "longest time without an event")
-    add("CHATSTREAM_WRITE_SECONDS", "30", positive_seconds, "longest wait for a client or its body")
-    add(
-        "CHATSTREAM_HEARTBEAT_SECONDS",
-        "10",
-        positive_seconds,
-        "interval of a silent stream's comments",
-    )
+    add("CHATSTREAM_WRITE_SECONDS", "30", positive_seconds, "longest wait for a client")
+    add("CHATSTREAM_HEARTBEAT_SECONDS", "10", positive_seconds, "silence until a comment")
     add("CHATSTREAM_DRAIN_SECONDS", "30", seconds, "how long a shutdown waits for streams")
     add("CHATSTREAM_TLS_CERT", "", str, "PEM file of a certificate: serve HTTPS")
     add("CHATSTREAM_TLS_KEY", "", str, "PEM file of the certificate's key")
-    shared = "let several processes share the port, one for each core"
+    shared = "let several processes share the port"
     add("CHATSTREAM_REUSE_PORT", "false", true_or_false, shared, nargs="?", const=True)
-
-    values, unknown = parser.parse_known_args(arguments)
-    if unknown:  # shown without its value, which may be a secret
-        parser.error(f"unknown argument: {unknown[0].partition('=')[0]}")
-    values.api_key = environ.get("OPENAI_API_KEY", "").strip()
-    values.token = environ.get("CHATSTREAM_TOKEN", "").strip()
-    if not re.fullmatch("[!-~]*", values.api_key):
-        parser.error("OPENAI_API_KEY must be visible ASCII, since it travels in a header")
-    if not re.fullmatch("[!-~]*", values.token):
-        parser.error("CHATSTREAM_TOKEN must be visible ASCII, since it travels in a header")
-    if not values.token and not is_loopback(values.host):
-        parser.error(f"CHATSTREAM_HOST={values.host} is open to others: set CHATSTREAM_TOKEN, too")
-    if bool(values.tls_cert) != bool(values.tls_key):
-        parser.error("CHATSTREAM_TLS_CERT and CHATSTREAM_TLS_KEY: set both or neither")
-    return Settings(**vars(values))
+    # fmt: on
 
 
 # The functions below convert a value. Of their ValueError, argparse makes a message with their name
@@ -1494,7 +1556,9 @@ def positive_seconds(text: str) -> float:
 
 
 def true_or_false(text: str) -> bool:
-    return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+    if text.lower() not in ("true", "1", "false", "0"):
+        raise ValueError
+    return text.lower() in ("true", "1")
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -1538,7 +1602,11 @@ def is_base_url(url: str) -> bool:
     except ValueError:
         return False
     has_host = re.fullmatch(r"[\w.:-]*\w\.?", host)
-    return bool(has_host) and parts.scheme in ("http", "https") and not re.search(r"[@?#\s]", url)
+    return (
+        bool(has_host)
+        and parts.scheme in ("http", "https")
+        and not re.search(r"[@?#\s]", url)
+    )
 
 
 def environment_proxy(url: str) -> str | None:
@@ -1591,14 +1659,22 @@ def streams_for_files(wanted: int) -> int:
     if files == resource.RLIM_INFINITY or allowed >= wanted:
         return wanted
     needed = 2 * wanted + 64
-    logger.warning(f"{files} open files allow {allowed} streams; for {wanted}: ulimit -n {needed}")
+    logger.warning(
+        f"{files} open files allow {allowed} streams; for {wanted}: ulimit -n {needed}"
+    )
     return allowed
 
 
-# ---- The demo ----------------------------------------------------------------------------
+# ---- The demo ------------------------------------------------------------------------
 # An upstream of our own, for a start without a key. Its models show what goes wrong in real life.
 
-DEMO_MODELS = ("demo", "demo-slow-start", "demo-cut-off", "demo-error", "demo-rate-limit")
+DEMO_MODELS = (
+    "demo",
+    "demo-slow-start",
+    "demo-cut-off",
+    "demo-error",
+    "demo-rate-limit",
+)
 DEMO_ANSWER = """\
 This is the **built-in demo**: there is no model behind it. You asked:
 
@@ -1626,53 +1702,80 @@ OPENAI_BASE_URL=http://localhost:11434/v1 OPENAI_MODEL=llama3.2 python chatstrea
 """
 
 
-async def demo_upstream(settings: Settings, request: web.BaseRequest) -> web.StreamResponse:
+async def demo_upstream(
+    settings: Settings, request: web.BaseRequest
+) -> web.StreamResponse:
     """A small OpenAI-compatible server that answers at the pace of a model, and fails like one."""
     try:
         body = decode_json(await request.content.read())
         model = body["model"]
         question = text_of(body["messages"][-1]["content"])
     except (ValueError, LookupError, TypeError):
-        return web.json_response({"error": {"message": "Not a chat completion."}}, status=400)
+        return web.json_response(
+            {"error": {"message": "Not a chat completion."}}, status=400
+        )
     if model == "demo-rate-limit":
-        error = {"message": "The demo takes no requests right now.", "code": "rate_limit_exceeded"}
-        return web.json_response({"error": error}, status=429, headers={"Retry-After": "5"})
+        error = {
+            "message": "The demo takes no requests right now.",
+            "code": "rate_limit_exceeded",
+        }
+        return web.json_response(
+            {"error": error}, status=429, headers={"Retry-After": "5"}
+        )
     answer = DEMO_ANSWER.replace("{question}", question[:2000].replace("\n", "\n> "))
     completion = {"id": "chatcmpl-demo", "created": int(time.time()), "model": model}
     if not body.get("stream"):
         message = {"role": "assistant", "content": answer}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
-        return web.json_response(completion | {"object": "chat.completion", "choices": [choice]})
+        return web.json_response(
+            completion | {"object": "chat.completion", "choices": [choice]}
+        )
 
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
     await response.prepare(request)
     if model == "demo-slow-start":
         await asyncio.sleep(1.5 * settings.heartbeat_seconds)
+    for event in demo_events(model, answer, completion):
+        await response.write(event)
+        await asyncio.sleep(0.02)
+    return response
+
+
+def demo_events(
+    model: str, answer: str, completion: Mapping[str, object]
+) -> Iterator[bytes]:
     deltas = [{"role": "assistant", "content": ""}]
     deltas += [{"content": word} for word in re.findall(r"\s*\S+\s*", answer)]
     deltas.append({})
     breaks_off = model in ("demo-cut-off", "demo-error")
     for delta in deltas[: len(deltas) // 2] if breaks_off else deltas:
-        choice = {"index": 0, "delta": delta, "finish_reason": None if delta else "stop"}
-        chunk = completion | {"object": "chat.completion.chunk", "choices": [choice]}
-        await response.write(b"data: %b\n\n" % encode_json(chunk).encode())
-        await asyncio.sleep(0.02)
+        choice = {
+            "index": 0,
+            "delta": delta,
+            "finish_reason": None if delta else "stop",
+        }
+        chunk = {**completion, "object": "chat.completion.chunk", "choices": [choice]}
+        yield b"data: %b\n\n" % encode_json(chunk).encode()
     if model == "demo-error":
-        error = {"message": "The demo model ran out of memory.", "code": "out_of_memory"}
-        await response.write(b"data: %b\n\n" % encode_json({"error": error}).encode())
+        error = {
+            "message": "The demo model ran out of memory.",
+            "code": "out_of_memory",
+        }
+        yield b"data: %b\n\n" % encode_json({"error": error}).encode()
     elif not breaks_off:
-        await response.write(DONE)
-    return response
+        yield DONE
 
 
 def text_of(content: object) -> str:
     """A message's content is a text, or a list of parts, some of which have a text."""
     if isinstance(content, list):
-        return " ".join(text_of(part.get("text")) for part in content if isinstance(part, dict))
+        return " ".join(
+            text_of(part.get("text")) for part in content if isinstance(part, dict)
+        )
     return content if isinstance(content, str) else ""
 
 
-# ---- Start and stop ----------------------------------------------------------------------
+# ---- Start and stop ------------------------------------------------------------------
 
 
 async def serve(settings: Settings) -> None:
@@ -1711,7 +1814,9 @@ async def serve(settings: Settings) -> None:
         announce(f"  models:   {', '.join(settings.model)}")
         announce("  to stop:  Ctrl+C")
         await stopping.wait()
-        announce(f"draining for up to {settings.drain_seconds:g} s; Ctrl+C ends it at once")
+        announce(
+            f"draining for up to {settings.drain_seconds:g} s; Ctrl+C ends it at once"
+        )
 
 
 def announce(line: str) -> None:
@@ -1729,7 +1834,9 @@ def on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> N
 
 def main() -> None:
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
-    logging.raiseExceptions = False  # a closed or broken stderr must not stop the server, either
+    logging.raiseExceptions = (
+        False  # a closed or broken stderr must not stop the server, either
+    )
     # It would log a traceback for each malformed request. Our own errors never get there.
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
     settings = read_settings(os.environ, sys.argv[1:])
