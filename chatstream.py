@@ -988,9 +988,11 @@ def has_error(document: object) -> bool:
     if document.get("error") or document.get("object") == "error":
         return True
     choices = document.get("choices")
-    if not isinstance(choices, list):
-        return False
-    return any(isinstance(choice, dict) and choice.get("error") for choice in choices)
+    if isinstance(choices, list):
+        for choice in choices:
+            if isinstance(choice, dict) and choice.get("error"):
+                return True
+    return False
 
 
 def error_in_stream(data: bytes) -> Failure:
