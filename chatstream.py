@@ -40,7 +40,7 @@ import uuid
 from bisect import bisect_left
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ import aiohttp
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-# ---- Server-sent events ------------------------------------------------------------------
+# ---- Server-sent events --------------------------------------------------------------
 # Bytes in, events out. This class needs nothing else from this file: copy it where you like.
 
 BOM = b"\xef\xbb\xbf"  # the byte order mark, in UTF-8
@@ -133,10 +133,11 @@ class EventParser:
             raise OverflowError
 
 
-# ---- Errors ------------------------------------------------------------------------------
+# ---- Errors --------------------------------------------------------------------------
 # Raise early, convert once: whatever goes wrong is raised as a Failure, and only `send_failure`
 # turns it into an answer.
 
+# fmt: off
 ERRORS = {  # code: (HTTP status, outcome in the metrics, message)
     "invalid_json": (400, "rejected", "The request body is not valid JSON."),
     "invalid_request": (400, "rejected", "The request body must be a JSON object."),
@@ -164,6 +165,7 @@ ERRORS = {  # code: (HTTP status, outcome in the metrics, message)
     "server_draining": (503, "rejected", "This server is shutting down."),
     "upstream_timeout": (504, "timeout", "The model server did not answer in time."),
 }
+# fmt: on
 TYPES = {  # HTTP status: `type` of the error; for all others "invalid_request_error"
     401: "authentication_error",
     429: "rate_limit_error",
@@ -174,108 +176,35 @@ TYPES = {  # HTTP status: `type` of the error; for all others "invalid_request_e
 }
 
 
+@dataclass(eq=False)
 class Failure(Exception):
-    """Why a request gets no complete answer. `code` is a key of ERRORS; `cause` is for the log."""
+    """Why a request gets no complete answer. What is not given, the row of its code says."""
 
-    def __init__(
-        self,
-        code: str,
-        message: str = "",
-        cause: str = "",
-        status: int = 0,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(f"{code}: {cause}" if cause else code)
-        default_status, self.outcome, default_message = ERRORS[code]
-        self.code = code
-        self.message = message or default_message
-        self.cause = cause
-        self.status = status or default_status
-        self.headers = dict(headers or {})
+    code: str
+    message: str = ""  # for the client
+    cause: str = ""  # for the log
+    status: int = 0
+    outcome: str = ""
+    type: str = ""
+    param: str | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        status, outcome, message = ERRORS[self.code]
+        self.status = self.status or status
+        self.outcome = self.outcome or outcome
+        self.message = self.message or message
+        self.type = self.type or TYPES.get(self.status, "invalid_request_error")
         if self.status == 503:
-            self.headers.setdefault("Retry-After", "1")
-        self.type = TYPES.get(self.status, "invalid_request_error")
-        self.param: str | None = None
-
-    def body(self, request_id: str, redact: Callable[[str], str]) -> dict[str, object]:
-        """OpenAI's form of an error, and the id under which the log has the cause."""
-        error = {
-            "message": redact(self.message)[:500],
-            "type": redact(self.type),
-            "param": redact(self.param) if self.param else None,
-            "code": redact(self.code),
-            "request_id": request_id,
-        }
-        return {"error": error}
+            self.headers["Retry-After"] = "1"
 
 
-def failure_from(body: bytes, failure: Failure) -> Failure:
-    """Fills in what an upstream's body says of its error, in any of the known dialects."""
-    try:
-        document = decode_json(body)
-    except (ValueError, RecursionError):
-        return failure
-    if isinstance(document, list) and document:
-        document = document[0]
-    message = message_in(document)
-    # A page or a traceback is for the log, not for the reader.
-    if message and not re.search(r"(?i)<(!doctype|html|head|body)\b|Traceback \(most", message):
-        failure.message = message
-    if not isinstance(document, dict):
-        return failure
-    details = document.get("error")
-    if not isinstance(details, dict):
-        details = document
-    for name in ("type", "code", "param"):
-        value = details.get(name)
-        if isinstance(value, str) and 0 < len(value) <= 64:
-            setattr(failure, name, value)
-    return failure
-
-
-ERROR_KEYS = ("error", "errors", "message", "msg", "detail", "choices")
-
-
-def message_in(document: object) -> str:
-    """The text for people: {"error": {"message": text}}, {"detail": [{"msg": text}]} and so on."""
-    while isinstance(document, dict | list):
-        if isinstance(document, list):
-            document = document[0] if document else ""
-        else:
-            texts = (document.get(key) for key in ERROR_KEYS)
-            document = next(filter(None, texts), "")
-    return document if isinstance(document, str) else ""
-
-
-def excerpt(body: bytes) -> str:
-    """As much of an upstream's body as the log shows."""
-    return body[:300].decode(errors="backslashreplace")
-
-
-# ---- JSON --------------------------------------------------------------------------------
-
-WHITE_SPACE = b" \t\r\n"
-
-
-def refuse_constant(name: str) -> None:
-    """Python reads NaN and Infinity, which are not JSON (RFC 8259)."""
-    raise ValueError(name)
-
-
-JSON_DECODER = json.JSONDecoder(parse_constant=refuse_constant)
-encode_json = json.JSONEncoder(allow_nan=False).encode
-
-
-def decode_json(data: bytes) -> Any:
-    """Raises ValueError for anything but JSON in UTF-8, RecursionError if nested too deeply."""
-    return JSON_DECODER.decode(data.decode())
-
-
-# ---- What goes out -----------------------------------------------------------------------
+# ---- What goes out -------------------------------------------------------------------
 # Chunks (JSON objects with `choices`), heartbeats, then [DONE] or one error. Anything else
 # breaks some client.
 
 DONE = b"data: [DONE]\n\n"
+WHITE_SPACE = b" \t\r\n"  # in JSON
 
 
 class Relay:
@@ -322,8 +251,8 @@ class Relay:
         The only place that decides whether the answer is complete.
         """
         if self.document:
-            document = bytes(self.document).strip(BOM + WHITE_SPACE)
-            out = self.relay_events([(b"", document)])
+            document = self.document.strip(BOM + WHITE_SPACE).replace(b"\r", b" ")
+            out = self.relay_events([(b"", bytes(document))])
             is_cut = self.malformed and is_half(document)
             is_complete = self.events_sent > 0 and not error
         else:
@@ -365,7 +294,9 @@ class Relay:
             self.failure = Failure("event_too_large")
         except (ValueError, RecursionError):
             self.malformed = True
-            self.failure = Failure("upstream_invalid", cause=f"not a JSON object: {excerpt(data)}")
+            self.failure = Failure(
+                "upstream_invalid", cause=f"not a JSON object: {excerpt(data)}"
+            )
         return b"".join(out)
 
     def check_event(self, event_type: bytes, data: bytes) -> bytes:
@@ -416,62 +347,7 @@ class Relay:
         return encode_json(chunk | {"object": "chat.completion.chunk"}).encode()
 
 
-def replace_message(choice: dict[str, Any], is_repetition: bool) -> None:
-    """Gives a choice of a whole answer, which has a `message`, a `delta` as in a stream."""
-    message = choice.pop("message")
-    if "delta" in choice:
-        return
-    # After deltas, a message only repeats what they said.
-    choice["delta"] = {} if is_repetition else message
-    calls = message.get("tool_calls") if isinstance(message, dict) else None
-    if isinstance(calls, list):
-        for index, call in enumerate(calls):
-            if isinstance(call, dict):
-                call.setdefault("index", index)
-
-
-def is_half(document: bytes) -> bool:
-    """Was it cut off? Then it opens more objects than it closes."""
-    return document.count(b"{") > document.count(b"}")
-
-
-def truncation(error: Exception | None) -> Failure:
-    return Failure("stream_truncated", cause=repr(error) if error else "the body ended too early")
-
-
-def has_error(document: object) -> bool:
-    """Is it an error, in one of the upstreams' dialects?"""
-    if isinstance(document, list) and document:
-        document = document[0]
-    if not isinstance(document, dict):
-        return False
-    if document.get("error") or document.get("object") == "error":
-        return True
-    choices = document.get("choices")
-    if not isinstance(choices, list):
-        return False
-    return any(isinstance(choice, dict) and choice.get("error") for choice in choices)
-
-
-def error_in_stream(data: bytes) -> Failure:
-    """What an upstream reports after it has answered with a good status."""
-    return failure_from(data, Failure("upstream_error", cause=f"in the stream: {excerpt(data)}"))
-
-
-def check_completion(body: bytes) -> None:
-    """Checks an answer that is not streamed. Raises Failure."""
-    try:
-        completion = decode_json(body.strip(BOM + WHITE_SPACE))
-    except (ValueError, RecursionError):
-        completion = None
-    if has_error(completion):
-        raise error_in_stream(body)
-    if not isinstance(completion, dict):
-        code = "stream_truncated" if is_half(body) else "upstream_invalid"
-        raise Failure(code, cause=f"not a JSON object: {excerpt(body)}")
-
-
-# ---- One stream, from the request to the last byte ---------------------------------------
+# ---- One stream, from the request to the last byte -----------------------------------
 
 COMMON_HEADERS = {"Server": "chatstream", "X-Content-Type-Options": "nosniff"}
 STREAM_HEADERS = {
@@ -480,45 +356,50 @@ STREAM_HEADERS = {
     # Otherwise nginx holds the whole answer back.
     "X-Accel-Buffering": "no",
 }
-HEARTBEAT = b": keep-alive\n\n"
 
-# What aiohttp raises when the connection to the upstream fails.
-UPSTREAM_ERRORS = (aiohttp.ClientError, HttpProcessingError, OSError)
+# What aiohttp raises if the upstream's connection fails; RuntimeError if it had failed before.
+UPSTREAM_ERRORS = (aiohttp.ClientError, HttpProcessingError, OSError, RuntimeError)
 
 
 class Exchange:
     """A request and its answer: what the handler, the time limits, the drain and the log share."""
 
-    def __init__(self, request: web.BaseRequest, transport: asyncio.Transport) -> None:
+    def __init__(
+        self, server: Chatstream, request: web.BaseRequest, transport: asyncio.Transport
+    ) -> None:
+        self.server = server
         self.request = request
         self.transport = transport  # to the client
         self.task = asyncio.current_task()  # runs the handler
         self.id = request_id(request)
         self.started = time.monotonic()
-        self.stream: Stream | None = None
-        self.response: web.StreamResponse | None = None  # the event stream, once it has begun
+        self.stream: Stream | None = None  # for a chat completion
+        self.response: web.StreamResponse | None = None  # once its head has been sent
         self.bytes_written = 0
         self.is_writing = False
-        self.is_ending = False  # the last bytes have been written, or soon will be
-        self.fully_sent = False  # and the client's system has taken them
+        self.is_ending = False  # the last bytes are being written
+        self.is_sent = False  # the client's side has taken all of them
+        self.takes_heartbeats = False  # it will be an event stream
+        self.upstream_status = 0  # 0: it has not answered
         self.may_be_paid = False  # the upstream may charge for this request
-        self.upstream_status = 0
         self.failure: Failure | None = None
         self.client_stall = Stall()
 
-    async def begin_stream(self) -> web.StreamResponse:
-        """The point of no return: from here on the status is 200."""
-        headers = COMMON_HEADERS | STREAM_HEADERS | {"X-Request-Id": self.id}
-        self.response = web.StreamResponse(headers=headers)
-        if self.request.version < (1, 1):
-            self.response.force_close()  # in HTTP/1.0, only that ends a body
-        await self.response.prepare(self.request)
-        return self.response
+    async def begin(self, response: web.StreamResponse) -> None:
+        """Sends the head of the answer. From here on, its status cannot change."""
+        response.headers.update(COMMON_HEADERS | {"X-Request-Id": self.id})
+        # In HTTP/1.0, only the end of the connection ends a body.
+        if self.server.draining or self.request.version < (1, 1):
+            response.force_close()
+        self.response = response
+        await response.prepare(self.request)
 
     async def write(self, data: bytes) -> None:
-        """Waits while the client is slow. Meanwhile nobody reads from the upstream, which has to
-        wait, too: back-pressure."""
-        response = self.response or await self.begin_stream()
+        """Writes events. Waits while the client is slow; meanwhile nobody reads from the upstream,
+        which has to wait, too: back-pressure."""
+        response = self.response or web.StreamResponse(headers=STREAM_HEADERS)
+        if not self.response:
+            await self.begin(response)
         self.bytes_written += len(data)
         self.is_writing = True
         await response.write(data)
@@ -526,34 +407,30 @@ class Exchange:
         if self.failure:
             raise self.failure
 
-    async def finish(self, response: web.StreamResponse, last: bytes = b"") -> web.StreamResponse:
-        """Ends the answer. Returns when the client's system has taken all of it: until then, this
+    async def finish(
+        self, response: web.StreamResponse, last: bytes = b""
+    ) -> web.StreamResponse:
+        """Ends the answer. Returns when the client's side has taken all of it: until then, this
         exchange counts as running."""
         self.is_ending = True
-        await response.prepare(self.request)  # does nothing if it has begun
+        if not self.response:
+            await self.begin(response)
         self.bytes_written += len(last)
-        # write_eof() waits only while more is left than this limit. A TLS transport that is
-        # closing would fail here.
+        # write_eof() waits while more than this is left. On a closing TLS transport, it fails.
         if not self.transport.is_closing():
             self.transport.set_write_buffer_limits(high=0)
         await response.write_eof(last)
         if not self.transport.is_closing():
             self.transport.set_write_buffer_limits()
-        self.fully_sent = True
+        self.is_sent = True
         return response
-
-    def status(self) -> int | str:
-        """The HTTP status, for the log."""
-        if self.response or not self.failure:
-            return 200 if self.response or self.fully_sent else "-"
-        return self.failure.status
 
     def stop(self, failure: Failure) -> None:
         """Ends the exchange with a failure to report to the client."""
         if self.failure or self.is_ending:
             return
         self.failure = failure
-        # Cancelling aiohttp's wait for a slow client would break its next wait, too. So `write`
+        # Cancelling aiohttp's wait for a slow client would also break its next wait. So `write`
         # raises the failure itself when its wait is over.
         if self.task and not self.is_writing:
             self.task.cancel()
@@ -566,60 +443,59 @@ class Stream:
         self.relay = relay
         self.body_received = False
         self.upstream: aiohttp.ClientResponse | None = None
-        self.takes_heartbeats = False
         self.first_event_seconds = 0.0  # 0: there was none yet
         self.upstream_stall = Stall()
         self.write_stall = Stall()
 
 
-async def chat(server: Chatstream, exchange: Exchange) -> web.StreamResponse:
+async def chat(exchange: Exchange) -> web.StreamResponse:
     """The life of one stream.
 
     Raises Failure. CancelledError may be raised at any `await`: by aiohttp as soon as the client
     has left (see `handler_cancellation` in `listen`), or by `Exchange.stop`.
     """
-    stream = server.admit(exchange)
-    answer = await ask_upstream(server, exchange, stream)
+    stream = exchange.server.admit(exchange)
+    answer = await ask_upstream(exchange, stream)
     # The key line: however this block is left, the connection to the upstream is aborted, unless
     # the answer has been read to its end. A model that nobody reads still costs money.
     with closing(answer):
         stream.upstream = answer
-        if not stream.takes_heartbeats:
+        if not exchange.takes_heartbeats:
             body = await read_completion(answer, stream.relay.parser.limit)
-            return await exchange.finish(server.json_response(exchange, body))
+            return await exchange.finish(json_response(body))
         last = await relay_answer(exchange, stream, answer)
+        exchange.is_ending = True
         if not answer.content.at_eof():
-            exchange.is_ending = True
             await exchange.write(last)
             last = b""
             await read_end(answer)
-    response = exchange.response or await exchange.begin_stream()
+    response = exchange.response or web.StreamResponse(headers=STREAM_HEADERS)
     return await exchange.finish(response, last)
 
 
-async def ask_upstream(
-    server: Chatstream, exchange: Exchange, stream: Stream
-) -> aiohttp.ClientResponse:
+async def ask_upstream(exchange: Exchange, stream: Stream) -> aiohttp.ClientResponse:
     """Reads and checks the request, and sends it to the upstream. Raises Failure."""
-    body = await read_request(exchange, server.settings)
+    settings = exchange.server.settings
+    body = await read_request(exchange, settings)
     always_stream = exchange.request.path == "/stream"
-    completion = check_request(body, server.settings.model, always_stream)
+    completion = check_request(body, settings.model, always_stream)
     stream.body_received = True
-    stream.takes_heartbeats = completion.get("stream") is True
-    return await open_upstream(server, exchange, "/chat/completions", completion)
+    exchange.takes_heartbeats = completion.get("stream") is True
+    return await open_upstream(exchange, "/chat/completions", completion)
 
 
-async def relay_answer(exchange: Exchange, stream: Stream, answer: aiohttp.ClientResponse) -> bytes:
+async def relay_answer(
+    exchange: Exchange, stream: Stream, answer: aiohttp.ClientResponse
+) -> bytes:
     """Relays each event the moment its last byte is in. Returns the last bytes. Raises Failure.
 
-    The status waits for the first event: what fails before gets an HTTP status of its own.
+    The status waits for the first event: what fails before it gets an HTTP status of its own.
     """
     relay = stream.relay
     while not relay.failure:
         try:
             piece = await answer.content.readany()
-        # RuntimeError is what aiohttp raises if the connection was lost before we came to read.
-        except (*UPSTREAM_ERRORS, RuntimeError) as error:
+        except UPSTREAM_ERRORS as error:
             out = relay.close(error)
         else:
             out = relay.feed(piece) if piece else relay.close()
@@ -633,28 +509,30 @@ async def relay_answer(exchange: Exchange, stream: Stream, answer: aiohttp.Clien
 
 
 async def read_end(answer: aiohttp.ClientResponse) -> None:
-    """Waits a moment for the end of the body: then the connection can be used again."""
-    with suppress(TimeoutError, RuntimeError, *UPSTREAM_ERRORS):
+    """Waits a moment for the end of the body, so that the connection can be used again."""
+    with suppress(*UPSTREAM_ERRORS):
         async with asyncio.timeout(0.05):
             while await answer.content.readany():
                 pass
 
 
 class UpstreamAnswer(aiohttp.ClientResponse):
-    """Closes by aborting the connection: waiting for a polite goodbye would cost tokens.
+    """Closes by aborting the connection: a polite goodbye would take time, and time costs tokens.
 
-    aiohttp calls `close` itself if we are cancelled before the answer's head has arrived.
+    aiohttp calls `close` itself if we are cancelled before the head of the answer is here.
     """
 
     def close(self) -> None:
-        # No connection: the answer has been read to its end.
+        # Without a connection, the answer has been read to its end.
         if self.connection and self.connection.transport:
             self.connection.transport.abort()
         super().close()
 
 
-# ---- Time limits -------------------------------------------------------------------------
-# Every stream is looked at a few times a second. A timer for each read and write would cost more.
+# ---- Time limits ---------------------------------------------------------------------
+# Every exchange is looked at a few times a second: a timer for each read and write costs more.
+
+SECONDS_AFTER_FINISH = 5
 
 
 class Stall:
@@ -691,94 +569,114 @@ def enforce_limits(exchange: Exchange, settings: Settings) -> bool:
     upstreams_turn = stream.body_received and not unsent
     silent = stream.upstream_stall.seconds(stream.relay.events_received, upstreams_turn)
     if silent >= settings.idle_seconds:
-        exchange.stop(Failure("upstream_timeout", cause="silent for CHATSTREAM_IDLE_SECONDS"))
-    # aiohttp does not always tell the reader that the connection was lost.
+        exchange.stop(
+            Failure("upstream_timeout", cause="silent for CHATSTREAM_IDLE_SECONDS")
+        )
+    # aiohttp does not always tell the reader that its connection was lost. And some upstreams
+    # leave it open after they have said everything.
     connection = stream.upstream.connection if stream.upstream else None
     is_lost = connection is not None and connection.closed
     is_over = stream.relay.all_finished and silent >= SECONDS_AFTER_FINISH
     if stream.upstream and upstreams_turn and (is_lost or is_over):
-        stream.upstream.close()  # ends the read in `relay_answer`
+        stream.upstream.close()  # this ends the read in `relay_answer`
 
     quiet = stream.write_stall.seconds(exchange.bytes_written, upstreams_turn)
-    return stream.takes_heartbeats and not exchange.failure and quiet >= settings.heartbeat_seconds
-
-
-# Some upstreams leave the connection open after they have said everything.
-SECONDS_AFTER_FINISH = 5
+    return (
+        exchange.takes_heartbeats
+        and not exchange.failure
+        and quiet >= settings.heartbeat_seconds
+    )
 
 
 async def watch(server: Chatstream) -> None:
-    """Calls `enforce_limits` for all exchanges, as long as the server runs."""
+    """Enforces the limits of all exchanges, as long as the server runs."""
     settings = server.settings
-    shortest = min(settings.idle_seconds, settings.write_seconds, settings.heartbeat_seconds)
+    shortest = min(
+        settings.idle_seconds, settings.write_seconds, settings.heartbeat_seconds
+    )
     while True:
         await asyncio.sleep(max(0.01, min(1.0, shortest / 10)))
         for exchange in list(server.exchanges):
             try:
                 if enforce_limits(exchange, settings):
-                    await exchange.write(HEARTBEAT)
+                    await exchange.write(b": keep-alive\n\n")
             except ConnectionError:
                 pass  # the client has left, and aiohttp cancels the handler
-            except Exception as error:  # must not end the limits of all the others
+            except (
+                Exception
+            ) as error:  # a fault in one must not end the limits of the others
                 logger.exception("a bug in chatstream")
                 exchange.stop(Failure("internal_error", cause=repr(error)))
 
 
-# ---- The entry point ---------------------------------------------------------------------
+# ---- The entry point -----------------------------------------------------------------
 
 
 async def handle(server: Chatstream, request: web.BaseRequest) -> web.StreamResponse:
     """Called by aiohttp for each request. Every request ends here, whatever happens to it."""
-    if request.transport is None:
+    if not request.transport:
         return web.Response()  # the client has left already
-    exchange = Exchange(request, request.transport)
+    exchange = Exchange(server, request, request.transport)
     server.exchanges.add(exchange)
     limit_unsent_bytes(exchange.transport)
     try:
         handler = route(server, request)
-        return await handler(server, exchange)
+        return await handler(exchange)
     except Failure as failure:
-        return await send_failure(server, exchange, failure)
+        return await send_failure(exchange, failure)
     except asyncio.CancelledError:
         if not exchange.failure:  # the client has left
             raise
-        return await send_failure(server, exchange, exchange.failure)
+        return await send_failure(exchange, exchange.failure)
     except ConnectionError:  # the client has left while we were writing
         return exchange.response or web.Response()
     except Exception as error:
         logger.exception("a bug in chatstream")
-        bug = Failure("internal_error", cause=repr(error))
-        return await send_failure(server, exchange, bug)
+        return await send_failure(
+            exchange, Failure("internal_error", cause=repr(error))
+        )
     finally:
         server.exchanges.discard(exchange)
-        server.count_and_log(exchange)
+        server.streams.discard(exchange)
+        count_and_log(exchange)
 
 
-async def send_failure(
-    server: Chatstream, exchange: Exchange, failure: Failure
-) -> web.StreamResponse:
+async def send_failure(exchange: Exchange, failure: Failure) -> web.StreamResponse:
     """Sends a failure: with an HTTP status, or as the last event if 200 has been sent."""
     exchange.failure = failure
-    error = failure.body(exchange.id, server.redact)
-    response: web.StreamResponse
+    redact = exchange.server.redact
+    error = {
+        "message": redact(failure.message)[:500],
+        "type": redact(failure.type),
+        "param": failure.param,
+        "code": redact(failure.code),
+        "request_id": exchange.id,
+    }
+    body = encode_json({"error": error}).encode()
     last = b""
     if exchange.response:
         response = exchange.response
-        last = b"data: %b\n\n" % encode_json(error).encode()
+        last = b"data: %b\n\n" % body
     else:
+        response = json_response(body, failure.status, failure.headers)
         if exchange.may_be_paid:
-            # OpenAI's clients otherwise repeat a 5xx twice, and each time is paid for.
-            failure.headers["X-Should-Retry"] = "false"
-        body = encode_json(error).encode()
-        response = server.json_response(exchange, body, failure.status, failure.headers)
+            # OpenAI's clients repeat a 5xx twice otherwise, and each time is paid for.
+            response.headers["X-Should-Retry"] = "false"
     with suppress(ConnectionError):
         await exchange.finish(response, last)
     return response
 
 
+def json_response(
+    body: bytes, status: int = 200, headers: Mapping[str, str] | None = None
+) -> web.StreamResponse:
+    all_headers = {"Content-Type": "application/json"} | dict(headers or {})
+    return web.Response(body=body, status=status, headers=all_headers)
+
+
 def limit_unsent_bytes(transport: asyncio.Transport) -> None:
-    """Lets the kernel keep little that it has not sent yet. Otherwise it takes more in such large
-    steps that a slow client looks as if it took nothing."""
+    """Lets the kernel hold little that it has not sent. Otherwise it takes more in such large steps
+    that a slow client looks as if it took nothing."""
     connection = transport.get_extra_info("socket")
     if connection and hasattr(socket, "TCP_NOTSENT_LOWAT"):
         with suppress(OSError):
@@ -790,12 +688,12 @@ async def listen(
     host: str,
     port: int,
     tls: ssl.SSLContext | None = None,
-    reuse_port: bool = False,
+    reuse_port: bool | None = None,
 ) -> web.ServerRunner:
     """Starts aiohttp's low-level server. Raises OSError if it cannot listen."""
     server = web.Server(
         handler,
-        # Cancels the handler when the client leaves. Without it, a closed tab would reach the
+        # Cancels the handler as soon as the client leaves. Without it, a closed tab reaches the
         # model only with the next write.
         handler_cancellation=True,
         # Inflated, 60 KB of a request can become 60 MB.
@@ -809,25 +707,20 @@ async def listen(
     )
     runner = web.ServerRunner(server, shutdown_timeout=0.2)
     await runner.setup()
-    site = web.TCPSite(runner, host, port, ssl_context=tls, reuse_port=reuse_port or None)
-    try:
-        await site.start()
-    except OSError:
-        await runner.cleanup()
-        raise
+    site = web.TCPSite(runner, host, port, ssl_context=tls, reuse_port=reuse_port)
+    await site.start()
     return runner
 
 
-# ---- The request -------------------------------------------------------------------------
+# ---- The request ---------------------------------------------------------------------
 # Unknown parameters pass, so that those that OpenAI adds next year work.
 
 
 def request_id(request: web.BaseRequest) -> str:
-    """The client's own id, if it is a sane one, or a new UUID."""
+    """The client's own id if it is a sane one, else a new UUID."""
     sent = request.headers.get("X-Request-Id", "")
-    if re.fullmatch(r"[A-Za-z0-9._-]{1,128}", sent):
-        return sent
-    return str(uuid.uuid4())
+    is_sane = re.fullmatch(r"[A-Za-z0-9._-]{1,128}", sent)
+    return sent if is_sane else str(uuid.uuid4())
 
 
 async def read_body(reader: aiohttp.StreamReader, limit: int) -> bytes:
@@ -842,7 +735,7 @@ async def read_body(reader: aiohttp.StreamReader, limit: int) -> bytes:
 
 
 async def read_request(exchange: Exchange, settings: Settings) -> bytes:
-    """Returns the request's body. Raises Failure."""
+    """Returns the body of the request. Raises Failure."""
     request = exchange.request
     if (request.content_length or 0) > settings.max_body_bytes:
         raise Failure("body_too_large")
@@ -856,15 +749,21 @@ async def read_request(exchange: Exchange, settings: Settings) -> bytes:
     except TimeoutError:
         raise Failure("request_timeout") from None
     except (web.RequestPayloadError, HttpProcessingError):
-        raise Failure("invalid_request", "The request body's encoding is broken.") from None
+        raise Failure(
+            "invalid_request", "The request body's encoding is broken."
+        ) from None
     if len(body) > settings.max_body_bytes:
         raise Failure("body_too_large")
     return body
 
 
-def check_request(body: bytes, models: tuple[str, ...], always_stream: bool) -> dict[str, Any]:
-    """Returns the checked request. It is sent on encoded anew, so that a key that is repeated in
-    the body cannot slip another model past the check. Raises Failure."""
+def check_request(
+    body: bytes, models: tuple[str, ...], always_stream: bool
+) -> dict[str, Any]:
+    """Returns the request as it is sent on. Raises Failure.
+
+    It is encoded anew: a key that the body repeats cannot slip another model past this check.
+    """
     try:
         completion = decode_json(body)
         encode_json(completion)  # refuses numbers like 1e999
@@ -877,40 +776,35 @@ def check_request(body: bytes, models: tuple[str, ...], always_stream: bool) -> 
         raise Failure("invalid_messages")
     if not all(isinstance(message, dict) for message in messages):
         raise Failure("invalid_messages")
-    check_stream(completion, always_stream)
-    check_model(completion, models)
-    return completion
 
-
-def check_stream(completion: dict[str, Any], always_stream: bool) -> None:
     if completion.get("stream") is None:
         completion.pop("stream", None)
         if always_stream:
             completion["stream"] = True
-    stream = completion.get("stream", False)
-    if not isinstance(stream, bool):
+    if not isinstance(completion.get("stream", False), bool):
         raise Failure("invalid_request", "`stream` must be true or false.")
-    if always_stream and not stream:
+    if always_stream and not completion["stream"]:
         raise Failure("stream_required")
 
-
-def check_model(completion: dict[str, Any], models: tuple[str, ...]) -> None:
     if completion.get("model") is None:
         completion["model"] = models[0]
     model = completion["model"]
     if not isinstance(model, str) or model == "*":
-        raise Failure("invalid_request", "`model` is required; GET /v1/models lists them.")
+        raise Failure(
+            "invalid_request", "`model` is required; GET /v1/models lists them."
+        )
     if model not in models and "*" not in models:
         raise Failure("model_not_found")
+    return completion
 
 
-# ---- The upstream ------------------------------------------------------------------------
+# ---- The upstream --------------------------------------------------------------------
 
 OPENAI_URL = "https://api.openai.com/v1"
 OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)
 
-# With these errors, the request has not been sent, and costs nothing.
-NEVER_SENT = (
+# After these errors, the upstream has not seen the request.
+NOT_SENT = (
     aiohttp.ClientConnectorError,
     aiohttp.ConnectionTimeoutError,
     aiohttp.ClientHttpProxyError,
@@ -923,13 +817,13 @@ def open_session(settings: Settings, proxy: str | None) -> aiohttp.ClientSession
         "Content-Type": "application/json",
         # Some servers refuse the one without the other.
         "Accept": "text/event-stream, application/json",
-        # A compressed stream arrives in bursts.
+        # A compressed stream comes in bursts.
         "Accept-Encoding": "identity",
     }
     if settings.api_key:
         headers["Authorization"] = f"Bearer {settings.api_key}"
-    # No limit, or the 101st stream would wait. Many servers close an idle connection after 5 s,
-    # and a request that is sent just then is lost.
+    # With aiohttp's limit, the 101st stream would wait. And many servers close an idle connection
+    # after 5 s: a request that is sent at that moment is lost.
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=4)
     return aiohttp.ClientSession(
         connector=connector,
@@ -939,9 +833,9 @@ def open_session(settings: Settings, proxy: str | None) -> aiohttp.ClientSession
         # One person's cookie must not go out with the next person's request.
         cookie_jar=aiohttp.DummyCookieJar(),
         response_class=UpstreamAnswer,
-        # 29 KB of gzip can keep the loop busy for 20 s.
+        # Inflating 29 KB of gzip can keep the loop busy for 20 s.
         auto_decompress=False,
-        # Bytes that may wait, for each stream, while its client is slow.
+        # Bytes of each stream that wait here while its client is slow.
         read_bufsize=2**13,
         max_field_size=2**16,
         max_line_size=2**16,
@@ -949,14 +843,15 @@ def open_session(settings: Settings, proxy: str | None) -> aiohttp.ClientSession
 
 
 async def open_upstream(
-    server: Chatstream, exchange: Exchange, path: str, completion: dict[str, Any] | None = None
+    exchange: Exchange, path: str, completion: dict[str, Any] | None = None
 ) -> aiohttp.ClientResponse:
-    """Sends a request. Returns the answer if it is a good one; the caller closes it.
+    """Sends a request. Returns the answer if it is a good one; the caller has to close it.
 
     Raises Failure. A failed request is never repeated: it might be paid for twice.
     """
+    server = exchange.server
     headers = {}
-    # llama-cpp-python refuses every request whose id is no UUID.
+    # llama-cpp-python refuses every request whose id is not a UUID.
     if is_uuid(exchange.id):
         headers["X-Request-Id"] = exchange.id
     exchange.may_be_paid = completion is not None
@@ -966,24 +861,21 @@ async def open_upstream(
             server.upstream_url + path,
             data=encode_json(completion).encode() if completion else None,
             headers=headers,
-            # The key would travel along.
-            allow_redirects=False,
+            allow_redirects=False,  # the key would travel along
         )
     except UPSTREAM_ERRORS as error:
-        if isinstance(error, NEVER_SENT):
+        if isinstance(error, NOT_SENT):
             exchange.may_be_paid = False
         raise connection_failure(error) from None
     exchange.upstream_status = answer.status
-    is_compressed = answer.headers.get("Content-Encoding", "identity").lower() != "identity"
-    if 200 <= answer.status < 300 and not is_compressed:
+    encoding = answer.headers.get("Content-Encoding", "identity")
+    if 200 <= answer.status < 300 and encoding == "identity":
         return answer
-    if exchange.stream:
-        exchange.stream.takes_heartbeats = False  # a heartbeat would make the status 200
+    # From now on, a heartbeat must not make the status 200.
+    exchange.takes_heartbeats = False
     if 400 <= answer.status < 500:
         exchange.may_be_paid = False
     with closing(answer):
-        if is_compressed:
-            raise Failure("upstream_invalid", cause="a compressed answer")
         raise await status_failure(answer)
 
 
@@ -999,42 +891,44 @@ def connection_failure(error: Exception) -> Failure:
         code = "upstream_timeout"
     elif isinstance(error, OSError) and error.errno in OUT_OF_FILES:
         code = "too_many_streams"
-    elif isinstance(error, aiohttp.ClientHttpProxyError):
-        code = "upstream_unreachable"
-    elif isinstance(error, aiohttp.ClientResponseError):
+    elif type(error) is aiohttp.ClientResponseError:
         code = "upstream_invalid"  # it does not speak HTTP
     return Failure(code, cause=f"{type(error).__name__}: {error}")
 
 
 async def status_failure(answer: aiohttp.ClientResponse) -> Failure:
-    """What a bad status means: the client's fault is reported as it came, ours is a 502."""
+    """What an answer means that is not a good one: a client's fault is reported as it came."""
     status = answer.status
+    if status < 300:
+        return Failure("upstream_invalid", cause="a compressed answer")
     body = b""
     # The body has the reason, but is not worth a long wait.
-    with suppress(TimeoutError, *UPSTREAM_ERRORS):
+    with suppress(*UPSTREAM_ERRORS):
         async with asyncio.timeout(2):
             body = await read_body(answer.content, 2**16)
     cause = excerpt(body)
     if status == 401:
-        return Failure("upstream_auth", cause=f"{cause} (is OPENAI_API_KEY right?)")
-    if status == 407:
-        return Failure("upstream_unreachable", cause=f"{cause} (a proxy's refusal)")
+        return Failure("upstream_auth", cause=f"is OPENAI_API_KEY right? {cause}")
+    if status == 407:  # a proxy's
+        return Failure("upstream_unreachable", cause=cause)
     if not 400 <= status < 500:
         return Failure("upstream_error", cause=cause)
     headers = {}
     for name, value in answer.headers.items():
-        is_limit = re.fullmatch("(?i)retry-after|retry-after-ms|x-ratelimit-[a-z-]+", name)
+        is_limit = re.fullmatch(
+            "(?i)retry-after|retry-after-ms|x-ratelimit-[a-z-]+", name
+        )
         if is_limit and value.isascii() and value.isprintable():
             headers[name] = value
     failure = Failure("upstream_rejected", cause=cause, status=status, headers=headers)
-    return failure_from(body, failure)
+    return describe(failure, body)
 
 
 async def read_completion(answer: aiohttp.ClientResponse, limit: int) -> bytes:
-    """Returns the body of an answer that is not streamed. Raises Failure."""
+    """Returns the body of an answer that is not streamed, checked. Raises Failure."""
     try:
         body = await read_body(answer.content, limit)
-    except (*UPSTREAM_ERRORS, RuntimeError) as error:
+    except UPSTREAM_ERRORS as error:
         raise truncation(error) from None
     if len(body) > limit:
         raise Failure("event_too_large")
@@ -1042,7 +936,129 @@ async def read_completion(answer: aiohttp.ClientResponse, limit: int) -> bytes:
     return body
 
 
-# ---- Who gets in -------------------------------------------------------------------------
+# ---- The upstreams' dialects ---------------------------------------------------------
+# What they send instead of what OpenAI would send: errors under a good status, whole messages.
+
+
+def refuse_constant(name: str) -> None:
+    """Python reads NaN and Infinity, which are not JSON (RFC 8259)."""
+    raise ValueError(name)
+
+
+JSON_DECODER = json.JSONDecoder(parse_constant=refuse_constant)
+encode_json = json.JSONEncoder(allow_nan=False).encode
+
+
+def decode_json(data: bytes) -> Any:
+    """Raises ValueError for anything but JSON in UTF-8, RecursionError if nested too deeply."""
+    return JSON_DECODER.decode(data.decode())
+
+
+def replace_message(choice: dict[str, Any], is_repetition: bool) -> None:
+    """Gives a choice of a whole answer, which has a `message`, a `delta` as in a stream."""
+    message = choice.pop("message")
+    if "delta" in choice:
+        return
+    # After deltas, a message only repeats what they said.
+    choice["delta"] = {} if is_repetition else message
+    calls = message.get("tool_calls") if isinstance(message, dict) else None
+    if isinstance(calls, list):
+        for index, call in enumerate(calls):
+            if isinstance(call, dict):
+                call.setdefault("index", index)
+
+
+def is_half(document: bytes | bytearray) -> bool:
+    """Was it cut off? Then it opens more objects than it closes."""
+    return document.count(b"{") > document.count(b"}")
+
+
+def truncation(error: Exception | None) -> Failure:
+    return Failure(
+        "stream_truncated", cause=repr(error) if error else "the body ended too early"
+    )
+
+
+def has_error(document: object) -> bool:
+    """Is it an error, in one of the upstreams' dialects?"""
+    if isinstance(document, list) and document:
+        document = document[0]
+    if not isinstance(document, dict):
+        return False
+    if document.get("error") or document.get("object") == "error":
+        return True
+    choices = document.get("choices")
+    if isinstance(choices, list):
+        for choice in choices:
+            if isinstance(choice, dict) and choice.get("error"):
+                return True
+    return False
+
+
+def error_in_stream(data: bytes) -> Failure:
+    """What an upstream reports after it has answered with a good status."""
+    return describe(Failure("upstream_error", cause=excerpt(data)), data)
+
+
+def check_completion(body: bytes) -> None:
+    """Checks an answer that is not streamed. Raises Failure."""
+    try:
+        completion = decode_json(body.strip(BOM + WHITE_SPACE))
+    except (ValueError, RecursionError):
+        completion = None
+    if has_error(completion):
+        raise error_in_stream(body)
+    if not isinstance(completion, dict):
+        code = "stream_truncated" if is_half(body) else "upstream_invalid"
+        raise Failure(code, cause=f"not a JSON object: {excerpt(body)}")
+
+
+def describe(failure: Failure, body: bytes) -> Failure:
+    """Fills in what an upstream's body says of its error, in any of the known dialects."""
+    try:
+        document = decode_json(body)
+    except (ValueError, RecursionError):
+        return failure
+    if isinstance(document, list) and document:
+        document = document[0]
+    message = message_in(document)
+    # A page or a traceback is for the log, not for the reader.
+    if message and not re.search(
+        r"(?i)<(!doctype|html|head|body)\b|Traceback \(most", message
+    ):
+        failure.message = message
+    if not isinstance(document, dict):
+        return failure
+    details = document.get("error")
+    if not isinstance(details, dict):
+        details = document
+    for name in ("type", "code", "param"):
+        value = details.get(name)
+        if isinstance(value, str) and 0 < len(value) <= 64:
+            setattr(failure, name, value)
+    return failure
+
+
+ERROR_KEYS = ("error", "errors", "message", "msg", "detail", "choices")
+
+
+def message_in(document: object) -> str:
+    """The text for people: {"error": {"message": text}}, {"detail": [{"msg": text}]} and so on."""
+    while isinstance(document, dict | list):
+        if isinstance(document, list):
+            document = document[0] if document else ""
+        else:
+            texts = (document.get(key) for key in ERROR_KEYS)
+            document = next(filter(None, texts), "")
+    return document if isinstance(document, str) else ""
+
+
+def excerpt(body: bytes) -> str:
+    """As much of an upstream's body as the log shows."""
+    return body[:300].decode(errors="backslashreplace")
+
+
+# ---- Who gets in ---------------------------------------------------------------------
 # A page on another origin, or one whose name was rebound to this machine, must not spend the
 # key. Browsers reveal both in headers that no page can change.
 
@@ -1075,7 +1091,7 @@ def route(server: Chatstream, request: web.BaseRequest) -> Handler:
 
 
 def is_known_host(request: web.BaseRequest, hosts: set[str]) -> bool:
-    """`hosts` are the names we serve, in lower case; without any, we serve all."""
+    """`hosts` are the names that we serve, in lower case. Without any, we serve all."""
     host = request.headers.get("Host", "").lower()
     match = re.fullmatch(r"(\[[0-9a-f:.]+\]|[^:@/\s]+)(:\d{1,5})?", host)
     return not hosts or (match is not None and not hosts.isdisjoint((host, match[1])))
@@ -1101,17 +1117,324 @@ def has_token(request: web.BaseRequest, token: str) -> bool:
     if not token:
         return True
     scheme, _, sent = request.headers.get("Authorization", "").partition(" ")
-    # Its time does not depend on where the two differ.
-    is_same = hmac.compare_digest(sent.strip().encode(errors="surrogateescape"), token.encode())
+    # The time of this comparison does not depend on where the two differ.
+    is_same = hmac.compare_digest(
+        sent.strip().encode(errors="surrogateescape"), token.encode()
+    )
     return is_same and scheme.lower() == "bearer"
 
 
-# ---- Settings ----------------------------------------------------------------------------
+# ---- The server ----------------------------------------------------------------------
+
+logger = logging.getLogger("chatstream")
+
+
+class Chatstream:
+    """The server: `await start()` it, and in the end `await drain()`."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.upstream_url = settings.base_url or OPENAI_URL
+        self.proxy = environment_proxy(self.upstream_url)
+        self.secrets = [
+            text for text in (settings.api_key, settings.token) if len(text) > 8
+        ]
+        if self.proxy and "@" in self.proxy:
+            self.secrets.append(urlsplit(self.proxy).netloc.rpartition("@")[0])
+        self.hosts = set(settings.allowed_hosts)
+        if is_loopback(settings.host):
+            self.hosts |= {"localhost", "127.0.0.1", "[::1]", settings.host}
+        self.max_streams = streams_for_files(settings.max_streams)
+        self.html = Path(__file__).resolve().with_name("index.html").read_bytes()
+        self.page_headers = page_headers(self.html)
+        self.metrics = Metrics()
+        self.created = int(time.time())
+        self.exchanges: set[Exchange] = set()  # all requests in flight
+        self.streams: set[Exchange] = set()  # the chat completions among them
+        self.draining = False
+
+    async def start(self) -> str:
+        """Listens, and returns the address. Raises BadSetting if it cannot."""
+        settings = self.settings
+        tls = load_certificate(settings) if settings.tls_cert else None
+        handler = partial(handle, self)
+        try:
+            self.runner = await listen(
+                handler, settings.host, settings.port, tls, settings.reuse_port or None
+            )
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise BadSetting(
+                    f"CHATSTREAM_PORT={settings.port} is in use; 0 takes any free port"
+                ) from None
+            raise BadSetting(
+                f"cannot listen on CHATSTREAM_HOST={settings.host}: {error}"
+            ) from None
+        self.session = open_session(settings, self.proxy)
+        self.watcher = asyncio.create_task(watch(self))
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        return f"http{'s' if tls else ''}://{host}:{self.runner.addresses[0][1]}"
+
+    def admit(self, exchange: Exchange) -> Stream:
+        """Counts a chat completion, before its body arrives and takes memory. Raises Failure."""
+        if len(self.streams) >= self.max_streams:
+            raise Failure("too_many_streams")
+        self.streams.add(exchange)
+        exchange.stream = Stream(Relay(EventParser(self.settings.max_event_bytes)))
+        return exchange.stream
+
+    def redact(self, text: str) -> str:
+        """Blots out our secrets, which an upstream or a proxy may have quoted."""
+        for secret in self.secrets:
+            text = text.replace(secret, "***")
+        return text
+
+    async def drain(self) -> None:
+        """Shuts down without cutting off an answer, if the drain time allows it."""
+        # 1. Take no new connections and no new requests.
+        self.draining = True
+        for site in list(self.runner.sites):
+            await site.stop()
+        for exchange in self.streams:
+            if exchange.stream and not exchange.stream.body_received:
+                exchange.stop(Failure("server_draining"))
+        # 2. Let the running ones end.
+        await self.wait_for_exchanges(self.settings.drain_seconds)
+        # 3. Tell those that are left.
+        for exchange in self.exchanges:
+            exchange.stop(Failure("server_draining", outcome="drained"))
+        await self.wait_for_exchanges(1)
+        # 4. Drop those that do not listen.
+        for exchange in self.exchanges:
+            exchange.transport.abort()
+        await self.runner.cleanup()
+        await self.session.close()
+        self.watcher.cancel()
+
+    async def wait_for_exchanges(self, seconds: float) -> None:
+        tasks = [exchange.task for exchange in self.exchanges if exchange.task]
+        if tasks:
+            await asyncio.wait(tasks, timeout=seconds)
+
+
+async def page(exchange: Exchange) -> web.StreamResponse:
+    server = exchange.server
+    response = web.Response(body=server.html, headers=server.page_headers)
+    return await exchange.finish(response)
+
+
+def page_headers(html: bytes) -> dict[str, str]:
+    policy = (
+        "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; "
+        "form-action 'none'; frame-ancestors 'none'; "
+        "require-trusted-types-for 'script'; trusted-types 'none'"
+    )
+    # The hashes are computed from the file, so that the policy always fits the page.
+    for tag, code in re.findall(rb"<(script|style)>(.*?)</\1>", html, re.DOTALL):
+        digest = base64.b64encode(hashlib.sha256(code).digest()).decode()
+        policy += f"; {tag.decode()}-src 'sha256-{digest}'"
+    return {
+        "Content-Type": "text/html; charset=utf-8",
+        "Content-Security-Policy": policy,
+        "Permissions-Policy": "camera=(), geolocation=(), microphone=(), midi=(), usb=()",
+        "Referrer-Policy": "no-referrer",
+        "Cross-Origin-Opener-Policy": "same-origin",
+        "Cross-Origin-Resource-Policy": "same-origin",
+        "Cache-Control": "no-cache",
+    }
+
+
+MAX_MODELS_BYTES = 2**22
+
+
+async def list_models(exchange: Exchange) -> web.StreamResponse:
+    """The allowed models, in OpenAI's form. With `*`, also all that the upstream lists."""
+    server = exchange.server
+    entries: list[Any] = [{"id": name} for name in server.settings.model if name != "*"]
+    if "*" in server.settings.model:
+        entries += await upstream_models(exchange)
+    models: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        name = entry.get("id") if isinstance(entry, dict) else None
+        if isinstance(name, str) and name and name not in models:
+            defaults = {
+                "object": "model",
+                "created": server.created,
+                "owned_by": "chatstream",
+            }
+            models[name] = defaults | {
+                key: entry[key] for key in entry if entry[key] is not None
+            }
+    body = encode_json({"object": "list", "data": list(models.values())}).encode()
+    return await exchange.finish(
+        json_response(body, headers={"Cache-Control": "no-store"})
+    )
+
+
+async def upstream_models(exchange: Exchange) -> list[Any]:
+    """Raises Failure."""
+    body = b""
+    try:
+        async with asyncio.timeout(exchange.server.settings.connect_seconds):
+            answer = await open_upstream(exchange, "/models")
+            with closing(answer):
+                body = await read_body(answer.content, MAX_MODELS_BYTES)
+        listed = decode_json(body)
+    except TimeoutError:
+        raise Failure("upstream_timeout") from None
+    except (ValueError, *UPSTREAM_ERRORS):
+        listed = None
+    if isinstance(listed, dict):
+        listed = listed.get("data")
+    if not isinstance(listed, list):
+        raise Failure(
+            "upstream_invalid", "The model server lists no models.", excerpt(body)
+        )
+    return listed
+
+
+async def probe(exchange: Exchange) -> web.StreamResponse:
+    """200 as long as the process lives; for /readyz, 503 once it is draining."""
+    if exchange.server.draining and exchange.request.path == "/readyz":
+        raise Failure("server_draining")
+    return await exchange.finish(json_response(b'{"status": "ok"}'))
+
+
+# ---- The log and the metrics ---------------------------------------------------------
+
+
+class Histogram:
+    """Seconds, in OpenTelemetry's buckets for GenAI: 0.01 doubling to 81.92, and two more."""
+
+    BOUNDS = tuple(0.01 * 2**power for power in range(16))
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(self.BOUNDS) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.BOUNDS, value)] += 1
+        self.sum += value
+
+    def samples(self) -> dict[str, float]:
+        samples: dict[str, float] = {}
+        for index, bound in enumerate([*self.BOUNDS, "+Inf"]):
+            samples[f'_bucket{{le="{bound}"}}'] = sum(self.counts[: index + 1])
+        return samples | {"_sum": self.sum, "_count": sum(self.counts)}
+
+
+class Metrics:
+    def __init__(self) -> None:
+        self.outcomes = {"completed": 0, "client_gone": 0, "drained": 0}
+        self.outcomes |= {outcome: 0 for _, outcome, _ in ERRORS.values()}
+        self.events_sent = 0
+        self.first_chunk = Histogram()
+        self.duration = Histogram()
+
+
+def count_and_log(exchange: Exchange) -> None:
+    """An exchange has ended: counts it, in one outcome, and writes its line in the log."""
+    failure = exchange.failure
+    if failure:
+        outcome = failure.outcome
+    elif exchange.is_sent:
+        outcome = "completed"
+    else:
+        outcome = "client_gone"
+    stream = exchange.stream
+    events = stream.relay.events_sent if stream else 0
+    first_seconds = stream.first_event_seconds if stream else 0
+    total_seconds = time.monotonic() - exchange.started
+
+    request = exchange.request
+    is_chat = request.method == "POST" and request.path in CHAT_PATHS
+    if is_chat:
+        metrics = exchange.server.metrics
+        metrics.outcomes[outcome] += 1
+        metrics.events_sent += events
+        if first_seconds:
+            metrics.first_chunk.observe(first_seconds)
+        if outcome != "rejected":
+            metrics.duration.observe(total_seconds)
+    if is_chat or (failure and failure.cause):
+        status = exchange.response.status if exchange.response else "-"
+        upstream = (
+            f"upstream HTTP {exchange.upstream_status}"
+            if exchange.upstream_status
+            else ""
+        )
+        causes = (
+            [failure.code, request.path, upstream, failure.cause] if failure else []
+        )
+        cause = ": ".join(filter(None, causes))
+        logger.info(
+            f"id={exchange.id} outcome={outcome} status={status} events={events} "
+            f"first={first_seconds:.3f}s total={total_seconds:.3f}s "
+            # On one line, with control characters escaped.
+            f"cause={exchange.server.redact(cause)!r}"
+        )
+
+
+async def show_metrics(exchange: Exchange) -> web.StreamResponse:
+    """Prometheus' text format, version 0.0.4. No label comes from a client."""
+    lines = []
+    for name, kind, meaning, samples in measurements(exchange.server):
+        lines.append(f"# HELP {name} {meaning}")
+        lines.append(f"# TYPE {name} {kind}")
+        lines.extend(f"{name}{suffix} {value}" for suffix, value in samples.items())
+    headers = {
+        "Content-Type": "text/plain; version=0.0.4; charset=utf-8",
+        "Cache-Control": "no-store",
+    }
+    body = "\n".join([*lines, ""]).encode()
+    return await exchange.finish(web.Response(body=body, headers=headers))
+
+
+def measurements(
+    server: Chatstream,
+) -> Iterator[tuple[str, str, str, Mapping[str, float]]]:
+    """Yields the name, the kind, the meaning and the samples of each metric."""
+    streams = [exchange.stream for exchange in server.streams if exchange.stream]
+    active = sum(stream.body_received for stream in streams)
+    metrics = server.metrics
+    outcomes = {
+        f'{{outcome="{name}"}}': total for name, total in metrics.outcomes.items()
+    }
+    first_chunk = (
+        "gen_ai_client_operation_time_to_first_chunk_seconds"  # OpenTelemetry's
+    )
+    duration = "gen_ai_client_operation_duration_seconds"
+    # fmt: off
+    yield "chatstream_active_streams", "gauge", "Streams running now.", {"": active}
+    yield "chatstream_draining", "gauge", "1 while shutting down.", {"": int(server.draining)}
+    yield "chatstream_max_streams", "gauge", "Most streams at once.", {"": server.max_streams}
+    yield "chatstream_streams_total", "counter", "Requests, by how they ended.", outcomes
+    yield "chatstream_events_total", "counter", "Chunks relayed.", {"": metrics.events_sent}
+    yield first_chunk, "histogram", "Time to the first chunk.", metrics.first_chunk.samples()
+    yield duration, "histogram", "Time to the end of the answer.", metrics.duration.samples()
+    # fmt: on
+
+
+CHAT_PATHS = ("/stream", "/v1/chat/completions")
+
+Handler = Callable[[Exchange], Awaitable[web.StreamResponse]]
+ROUTES: dict[str, tuple[tuple[str, ...], Handler]] = {  # `route` says which are guarded
+    "/": (("GET", "HEAD"), page),
+    "/stream": (("POST",), chat),
+    "/v1/chat/completions": (("POST",), chat),
+    "/v1/models": (("GET", "HEAD"), list_models),
+    "/healthz": (("GET", "HEAD"), probe),
+    "/readyz": (("GET", "HEAD"), probe),
+    "/metrics": (("GET", "HEAD"), show_metrics),
+}
+
+
+# ---- Settings ------------------------------------------------------------------------
 # A setting is a field of Settings and a line in `read_settings`.
 
 
 class BadSetting(Exception):
-    """The server cannot start with these settings: a message for whoever starts it."""
+    """The server cannot start with these settings; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -1140,17 +1463,44 @@ def read_settings(environ: Mapping[str, str], arguments: list[str]) -> Settings:
     """Settings from flags, else variables, else defaults. A bad one ends the program, status 2."""
     parser = argparse.ArgumentParser(
         description="A streaming chat server.",
-        epilog="Secrets have no flag, only a variable: OPENAI_API_KEY, CHATSTREAM_TOKEN.",
+        epilog="Secrets have a variable and no flag: OPENAI_API_KEY, CHATSTREAM_TOKEN.",
         allow_abbrev=False,
     )
+    add_settings(parser, environ)
+    values, unknown = parser.parse_known_args(arguments)
+    if unknown:  # shown without its value, which may be a secret
+        parser.error(f"unknown argument: {unknown[0].partition('=')[0]}")
+    values.api_key = environ.get("OPENAI_API_KEY", "").strip()
+    values.token = environ.get("CHATSTREAM_TOKEN", "").strip()
+    if not re.fullmatch("[!-~]*", values.api_key):
+        parser.error(
+            "OPENAI_API_KEY must be visible ASCII, since it travels in a header"
+        )
+    if not re.fullmatch("[!-~]*", values.token):
+        parser.error(
+            "CHATSTREAM_TOKEN must be visible ASCII, since it travels in a header"
+        )
+    if not values.token and not is_loopback(values.host):
+        parser.error(
+            f"CHATSTREAM_HOST={values.host} is open to others: set CHATSTREAM_TOKEN"
+        )
+    if bool(values.tls_cert) != bool(values.tls_key):
+        parser.error("CHATSTREAM_TLS_CERT and CHATSTREAM_TLS_KEY: set both or neither")
+    return Settings(**vars(values))
 
+
+def add_settings(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> None:
     def add(
-        variable: str, default: str, convert: Callable[[str], object], meaning: str, **more: Any
+        variable: str,
+        default: str,
+        convert: Callable[[str], object],
+        meaning: str,
+        **more: Any,
     ) -> None:
         name = variable.partition("_")[2].lower()
         parser.add_argument(
             "--" + name.replace("_", "-"),
-            # argparse converts a default that is a string like a value from the command line.
+            # argparse converts a default that is a string as if it were given as a flag.
             default=environ.get(variable, "").strip() or default,
             type=convert,
             metavar="VALUE",
@@ -1158,123 +1508,113 @@ def read_settings(environ: Mapping[str, str], arguments: list[str]) -> Settings:
             **more,
         )
 
-    add("OPENAI_BASE_URL", "", base_url, f"any OpenAI-compatible upstream (else {OPENAI_URL})")
+    # fmt: off
+    add("OPENAI_BASE_URL", "", base_url, f"an OpenAI-compatible upstream (or {OPENAI_URL})")
     add("OPENAI_MODEL", "gpt-4o-mini", names, "models, the first is the default; * = any")
-    add("CHATSTREAM_HOST", "127.0.0.1", str, "address to listen on; a public one needs a token")
+    add("CHATSTREAM_HOST", "127.0.0.1", str, "address; a public one needs a token")
     add("CHATSTREAM_PORT", "8080", port_number, "port; 0 = any free one")
     add("CHATSTREAM_ALLOWED_HOSTS", "", host_names, "further Host names served")
-    add("CHATSTREAM_MAX_STREAMS", "1000", count, "streams at once; one more gets 503")
-    add("CHATSTREAM_MAX_BODY_BYTES", "1048576", count, "longest request body")
-    add("CHATSTREAM_MAX_EVENT_BYTES", "1048576", count, "longest upstream event or whole answer")
-    add("CHATSTREAM_CONNECT_SECONDS", "5", seconds, "time to connect to the upstream")
-    add("CHATSTREAM_IDLE_SECONDS", "300", seconds, "longest time without an event")
-    add("CHATSTREAM_WRITE_SECONDS", "30", seconds, "longest wait for a client, or for its body")
-    add("CHATSTREAM_HEARTBEAT_SECONDS", "10", seconds, "a silent stream gets a comment this often")
-    add("CHATSTREAM_DRAIN_SECONDS", "30", seconds_or_zero, "how long a shutdown waits for streams")
+    add("CHATSTREAM_MAX_STREAMS", "1000", positive_integer, "streams at once")
+    add("CHATSTREAM_MAX_BODY_BYTES", "1048576", positive_integer, "longest request body")
+    add("CHATSTREAM_MAX_EVENT_BYTES", "1048576", positive_integer, "longest event or answer")
+    add("CHATSTREAM_CONNECT_SECONDS", "5", positive_seconds, "to connect to the upstream")
+    add("CHATSTREAM_IDLE_SECONDS", "300", positive_seconds, "longest time without an event")
+    add("CHATSTREAM_WRITE_SECONDS", "30", positive_seconds, "longest wait for a client")
+    add("CHATSTREAM_HEARTBEAT_SECONDS", "10", positive_seconds, "silence until a comment")
+    add("CHATSTREAM_DRAIN_SECONDS", "30", seconds, "how long a shutdown waits for streams")
     add("CHATSTREAM_TLS_CERT", "", str, "PEM file of a certificate: serve HTTPS")
     add("CHATSTREAM_TLS_KEY", "", str, "PEM file of the certificate's key")
-    reuse = "let processes share the port, one for each core"
-    add("CHATSTREAM_REUSE_PORT", "false", boolean, reuse, nargs="?", const=True)
-
-    values, unknown = parser.parse_known_args(arguments)
-    if unknown:  # without its value, which may be a secret
-        parser.error(f"unknown argument: {unknown[0].partition('=')[0]}")
-    for variable, name in (("OPENAI_API_KEY", "api_key"), ("CHATSTREAM_TOKEN", "token")):
-        secret = environ.get(variable, "").strip()
-        if not re.fullmatch("[!-~]*", secret):
-            parser.error(f"{variable} must be visible ASCII, since it travels in a header")
-        setattr(values, name, secret)
-    if not is_loopback(values.host) and not values.token:
-        parser.error(
-            f"CHATSTREAM_HOST={values.host} is not this machine alone: set CHATSTREAM_TOKEN"
-        )
-    if bool(values.tls_cert) != bool(values.tls_key):
-        parser.error("CHATSTREAM_TLS_CERT and CHATSTREAM_TLS_KEY: set both or neither")
-    return Settings(**vars(values))
+    shared = "let several processes share the port"
+    add("CHATSTREAM_REUSE_PORT", "false", true_or_false, shared, nargs="?", const=True)
+    # fmt: on
 
 
-def count(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,9}", text) or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 999999999")
+# The functions below convert a value. Of their ValueError, argparse makes a message with their name
+# and the value.
+
+
+def positive_integer(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise ValueError
     return int(text)
 
 
 def port_number(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 65535")
+    if not text.isdecimal() or int(text) > 65535:
+        raise ValueError
     return int(text)
 
 
-def seconds_or_zero(text: str) -> float:
-    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds, like 30 or 0.5")
-    return float(text)
-
-
 def seconds(text: str) -> float:
-    if seconds_or_zero(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
+        raise ValueError
     return float(text)
 
 
-def boolean(text: str) -> bool:
+def positive_seconds(text: str) -> float:
+    if seconds(text) == 0:
+        raise ValueError
+    return float(text)
+
+
+def true_or_false(text: str) -> bool:
     if text.lower() not in ("true", "1", "false", "0"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
+        raise ValueError
     return text.lower() in ("true", "1")
 
 
-def split(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
 def names(text: str) -> tuple[str, ...]:
-    if not split(text):
-        raise argparse.ArgumentTypeError(f"{text!r} has no name; separate names by commas")
-    return split(text)
+    found = tuple(name.strip() for name in text.split(",") if name.strip())
+    if text and not found:
+        raise ValueError
+    return found
 
 
 def host_names(text: str) -> tuple[str, ...]:
-    for name in split(text):
+    for name in names(text):
         if not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[\w.-]+)(:[0-9]{1,5})?", name):
-            raise argparse.ArgumentTypeError(f"{name!r} is not a host name like chat.example.org")
-    return tuple(name.lower() for name in split(text))
+            raise ValueError
+    return names(text.lower())
 
 
 def base_url(text: str) -> str:
-    """Without the slash at its end. May be empty: not set."""
-    shown = "(not shown)" if "@" in text else repr(text)
-    if text and not is_http_url(text):
-        raise argparse.ArgumentTypeError(
-            f"{shown} is not a URL like http://localhost:11434/v1, without password, ? and #"
-        )
+    """Returns the URL without a slash at its end."""
     url = text.rstrip("/")
     if url.endswith("/chat/completions"):
-        raise argparse.ArgumentTypeError(f"{shown}: leave out /chat/completions at the end")
+        raise argparse.ArgumentTypeError("leave out /chat/completions at the end")
+    if url and not is_base_url(url):
+        # The message does not show the URL, which may have a password.
+        raise argparse.ArgumentTypeError(
+            "must be a URL like http://localhost:11434/v1, without user, query and fragment"
+        )
     return url
 
 
-def is_http_url(text: str) -> bool:
-    """An address without a user, a query or a fragment, whose host can exist."""
+def is_base_url(url: str) -> bool:
+    """Is it http(s), with a host that can exist, and nothing but a path after it?"""
     try:
-        parts = urlsplit(text)
+        parts = urlsplit(url)
         host = parts.hostname or ""
         if ":" in host:
             ipaddress.IPv6Address(host)
         else:
-            host.encode("idna")
-            if not re.fullmatch(r"[\w-]+(\.[\w-]+)*\.?", host):
-                return False
+            host.encode("idna")  # refuses a label of 64 letters
         if parts.port == 0:
             return False
     except ValueError:
         return False
-    return parts.scheme in ("http", "https") and not re.search(r"[@?#\s]", text)
+    has_host = re.fullmatch(r"[\w.:-]*\w\.?", host)
+    return (
+        bool(has_host)
+        and parts.scheme in ("http", "https")
+        and not re.search(r"[@?#\s]", url)
+    )
 
 
 def environment_proxy(url: str) -> str | None:
-    """Returns the proxy for the upstream. Raises BadSetting if it cannot work.
+    """The proxy for the upstream. Raises BadSetting if it cannot work.
 
-    Looked up once: aiohttp's `trust_env` does it for each request, and reads .netrc.
+    Found once: aiohttp's `trust_env` looks for it at each request, and reads .netrc as well.
     """
     parts = urlsplit(url)
     if is_loopback(parts.hostname or "") or urllib.request.proxy_bypass(parts.netloc):
@@ -1283,24 +1623,28 @@ def environment_proxy(url: str) -> str | None:
     proxy = proxies.get(parts.scheme) or proxies.get("all")
     if not proxy:
         return None
-    try:
-        proxy_parts = urlsplit(proxy)
-        works = proxy_parts.scheme in ("http", "https") and bool(proxy_parts.hostname)
-        works = works and proxy_parts.port != 0 and ":" not in unquote(proxy_parts.username or "")
-    except ValueError:
-        works = False
-    if not works:
-        # Its value may have a password.
+    has_bad_user = ":" in unquote(urlsplit(proxy).username or "")
+    if has_bad_user or not is_base_url(re.sub("//.*@", "//", proxy)):
+        # The message does not show the URL, which may have a password.
         raise BadSetting(
-            f"the proxy for {parts.scheme} in the environment is not a URL like http://host:3128, "
-            "with no colon in the user name; NO_PROXY leaves it out"
+            f"the environment's proxy for {parts.scheme} must be a URL like http://host:3128, with "
+            "no colon in the user name; NO_PROXY makes an exception"
         )
     return proxy
 
 
-# ---- The server --------------------------------------------------------------------------
-
-logger = logging.getLogger("chatstream")
+def load_certificate(settings: Settings) -> ssl.SSLContext:
+    """Raises BadSetting."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        # With a password, even an empty one, OpenSSL does not ask for one at the terminal.
+        context.load_cert_chain(settings.tls_cert, settings.tls_key, password="")
+    except (OSError, ValueError) as error:
+        raise BadSetting(
+            f"CHATSTREAM_TLS_CERT={settings.tls_cert}, CHATSTREAM_TLS_KEY={settings.tls_key}: "
+            f"not PEM files of a certificate and its key, without a password: {error}"
+        ) from None
+    return context
 
 
 def streams_for_files(wanted: int) -> int:
@@ -1317,332 +1661,22 @@ def streams_for_files(wanted: int) -> int:
     if files == resource.RLIM_INFINITY or allowed >= wanted:
         return wanted
     needed = 2 * wanted + 64
-    logger.warning("%d open files allow %d streams: ulimit -n %d", files, allowed, needed)
+    logger.warning(
+        f"{files} open files allow {allowed} streams; for {wanted}: ulimit -n {needed}"
+    )
     return allowed
 
 
-def page_headers(html: bytes) -> dict[str, str]:
-    policy = [
-        "default-src 'none'",
-        "connect-src 'self'",
-        "img-src data:",
-        "base-uri 'none'",
-        "form-action 'none'",
-        "frame-ancestors 'none'",
-        "require-trusted-types-for 'script'",
-        "trusted-types 'none'",
-    ]
-    # Hashes computed from the file itself: the policy always fits the page.
-    for tag, code in re.findall(rb"<(script|style)>(.*?)</\1>", html, re.DOTALL):
-        digest = base64.b64encode(hashlib.sha256(code).digest()).decode()
-        policy.append(f"{tag.decode()}-src 'sha256-{digest}'")
-    return {
-        "Content-Security-Policy": "; ".join(policy),
-        "Permissions-Policy": "camera=(), geolocation=(), microphone=(), midi=(), usb=()",
-        "Referrer-Policy": "no-referrer",
-        "Cross-Origin-Opener-Policy": "same-origin",
-        "Cross-Origin-Resource-Policy": "same-origin",
-        "Cache-Control": "no-cache",
-    }
-
-
-class Histogram:
-    """Seconds, in the buckets that OpenTelemetry has for GenAI (0.01 s doubling to 81.92 s), and
-    two more."""
-
-    BOUNDS = tuple(0.01 * 2**power for power in range(16))
-
-    def __init__(self) -> None:
-        self.counts = [0] * (len(self.BOUNDS) + 1)
-        self.sum = 0.0
-
-    def observe(self, value: float) -> None:
-        self.counts[bisect_left(self.BOUNDS, value)] += 1
-        self.sum += value
-
-    def samples(self) -> dict[str, float]:
-        samples: dict[str, float] = {}
-        total = 0
-        for bound, number in zip([*self.BOUNDS, "+Inf"], self.counts, strict=True):
-            total += number
-            samples[f'_bucket{{le="{bound}"}}'] = total
-        return samples | {"_sum": self.sum, "_count": total}
-
-
-class Chatstream:
-    """The server: `await start()`, and in the end `await drain()`."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.upstream_url = settings.base_url or OPENAI_URL
-        self.proxy = environment_proxy(self.upstream_url)
-        self.html = Path(__file__).resolve().with_name("index.html").read_bytes()
-        self.page_headers = page_headers(self.html)
-        self.secrets = [text for text in (settings.api_key, settings.token) if len(text) > 8]
-        if self.proxy and "@" in self.proxy:
-            self.secrets.append(urlsplit(self.proxy).netloc.rpartition("@")[0])
-        self.hosts = set(settings.allowed_hosts)
-        if is_loopback(settings.host):
-            self.hosts |= {"localhost", "127.0.0.1", "[::1]", settings.host}
-        self.max_streams = streams_for_files(settings.max_streams)
-        self.exchanges: set[Exchange] = set()  # all requests in flight
-        self.streams: set[Exchange] = set()  # the chat completions among them
-        self.draining = False
-        self.started = int(time.time())
-        self.outcomes = dict.fromkeys(["completed", "client_gone", "drained"], 0)
-        for _, outcome, _ in ERRORS.values():
-            self.outcomes[outcome] = 0
-        self.events_sent = 0
-        self.first_chunk_seconds = Histogram()
-        self.duration_seconds = Histogram()
-
-    async def start(self) -> str:
-        """Listens, and returns the address. Raises BadSetting if it cannot."""
-        settings = self.settings
-        tls = load_certificate(settings) if settings.tls_cert else None
-        try:
-            self.runner = await listen(
-                partial(handle, self), settings.host, settings.port, tls, settings.reuse_port
-            )
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise BadSetting(
-                    f"CHATSTREAM_PORT={settings.port} is already in use; 0 takes any free port"
-                ) from None
-            raise BadSetting(
-                f"cannot listen at CHATSTREAM_HOST={settings.host}, "
-                f"CHATSTREAM_PORT={settings.port}: {error}"
-            ) from None
-        self.session = open_session(settings, self.proxy)
-        self.watcher = asyncio.create_task(watch(self))
-        host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        return f"http{'s' if tls else ''}://{host}:{self.runner.addresses[0][1]}"
-
-    async def drain(self) -> None:
-        """Shuts down without cutting off an answer, if the drain time allows it."""
-        # 1. Take no new connections and no new requests.
-        self.draining = True
-        for site in list(self.runner.sites):
-            await site.stop()
-        for exchange in self.streams:
-            if exchange.stream and not exchange.stream.body_received:
-                exchange.stop(Failure("server_draining"))
-        # 2. Let the running ones end.
-        await self.wait_for_exchanges(self.settings.drain_seconds)
-        # 3. Tell those that are left.
-        for exchange in self.exchanges:
-            failure = Failure("server_draining")
-            failure.outcome = "drained"
-            exchange.stop(failure)
-        await self.wait_for_exchanges(1)
-        # 4. Drop those that do not take it.
-        for exchange in self.exchanges:
-            exchange.transport.abort()
-        await self.runner.cleanup()
-        await self.session.close()
-        self.watcher.cancel()
-
-    async def wait_for_exchanges(self, seconds: float) -> None:
-        tasks = [exchange.task for exchange in self.exchanges if exchange.task]
-        if tasks:
-            await asyncio.wait(tasks, timeout=seconds)
-
-    def admit(self, exchange: Exchange) -> Stream:
-        """Counts a chat completion, before its body, which takes memory. Raises Failure."""
-        if len(self.streams) >= self.max_streams:
-            raise Failure("too_many_streams")
-        exchange.stream = Stream(Relay(EventParser(self.settings.max_event_bytes)))
-        self.streams.add(exchange)
-        return exchange.stream
-
-    def redact(self, text: str) -> str:
-        """Blots out our secrets, in case an upstream quotes them."""
-        for secret in self.secrets:
-            text = text.replace(secret, "***")
-        return text
-
-    def response(
-        self,
-        exchange: Exchange,
-        body: bytes,
-        content_type: str,
-        status: int = 200,
-        headers: Mapping[str, str] | None = None,
-    ) -> web.Response:
-        all_headers = COMMON_HEADERS | {"X-Request-Id": exchange.id, "Content-Type": content_type}
-        all_headers |= headers or {}
-        response = web.Response(body=body, status=status, headers=all_headers)
-        if self.draining or exchange.request.version < (1, 1):
-            response.force_close()
-        return response
-
-    def json_response(
-        self,
-        exchange: Exchange,
-        body: bytes,
-        status: int = 200,
-        headers: Mapping[str, str] | None = None,
-    ) -> web.Response:
-        return self.response(exchange, body, "application/json", status, headers)
-
-    def count_and_log(self, exchange: Exchange) -> None:
-        """Counts an exchange that has ended, in one outcome, and writes its line in the log."""
-        self.streams.discard(exchange)
-        failure = exchange.failure
-        stream = exchange.stream
-        total_seconds = time.monotonic() - exchange.started
-        events = stream.relay.events_sent if stream else 0
-        first_seconds = stream.first_event_seconds if stream else 0.0
-        if failure:
-            outcome = failure.outcome
-        elif exchange.fully_sent:
-            outcome = "completed"
-        else:
-            outcome = "client_gone"
-
-        is_chat = exchange.request.method == "POST" and exchange.request.path in CHAT_PATHS
-        if is_chat:
-            self.outcomes[outcome] += 1
-            self.events_sent += events
-            if first_seconds:
-                self.first_chunk_seconds.observe(first_seconds)
-            if outcome != "rejected":
-                self.duration_seconds.observe(total_seconds)
-        if is_chat or (failure and failure.cause):
-            logger.info(
-                "id=%s outcome=%s status=%s events=%d first=%.3fs total=%.3fs cause=%s",
-                exchange.id,
-                outcome,
-                exchange.status(),
-                events,
-                first_seconds,
-                total_seconds,
-                self.describe_cause(exchange),
-            )
-
-    def describe_cause(self, exchange: Exchange) -> str:
-        """One line, in which control characters are escaped."""
-        failure = exchange.failure
-        if not failure:
-            return "-"
-        upstream = f" upstream HTTP {exchange.upstream_status}" if exchange.upstream_status else ""
-        text = f"{failure.code}: {exchange.request.path}{upstream}: {failure.cause}"
-        return repr(self.redact(text))
-
-    async def page(self, exchange: Exchange) -> web.StreamResponse:
-        kind = "text/html; charset=utf-8"
-        response = self.response(exchange, self.html, kind, headers=self.page_headers)
-        return await exchange.finish(response)
-
-    async def models(self, exchange: Exchange) -> web.StreamResponse:
-        """The allowed models, in OpenAI's form; with `*`, the upstream's, too."""
-        models: dict[str, dict[str, Any]] = {}
-        for name in self.settings.model:
-            models[name] = {"id": name, "object": "model"}
-        if models.pop("*", None):
-            for entry in await self.upstream_models(exchange):
-                listed = entry.get("id") if isinstance(entry, dict) else None
-                if isinstance(listed, str) and listed:
-                    models.setdefault(listed, {"object": "model"} | entry)
-        for model in models.values():
-            if not isinstance(model.get("created"), int):
-                model["created"] = self.started
-            if not isinstance(model.get("owned_by"), str):
-                model["owned_by"] = "chatstream"
-        body = encode_json({"object": "list", "data": list(models.values())}).encode()
-        headers = {"Cache-Control": "no-store"}
-        return await exchange.finish(self.json_response(exchange, body, headers=headers))
-
-    async def upstream_models(self, exchange: Exchange) -> list[Any]:
-        """Raises Failure."""
-        try:
-            async with asyncio.timeout(self.settings.connect_seconds):
-                answer = await open_upstream(self, exchange, "/models")
-                with closing(answer):
-                    body = await read_body(answer.content, MAX_MODELS_BYTES)
-        except TimeoutError:
-            raise Failure("upstream_timeout") from None
-        except (*UPSTREAM_ERRORS, RuntimeError) as error:
-            raise truncation(error) from None
-        if len(body) > MAX_MODELS_BYTES:
-            raise Failure("event_too_large")
-        try:
-            listed = decode_json(body)
-        except (ValueError, RecursionError):
-            listed = None
-        if isinstance(listed, dict):
-            listed = listed.get("data")
-        if not isinstance(listed, list):
-            cause = f"no list: {excerpt(body)}"
-            raise Failure("upstream_invalid", "The model server lists no models.", cause)
-        return listed
-
-    async def probe(self, exchange: Exchange) -> web.StreamResponse:
-        if self.draining and exchange.request.path == "/readyz":
-            raise Failure("server_draining")
-        return await exchange.finish(self.json_response(exchange, b'{"status": "ok"}'))
-
-    async def metrics(self, exchange: Exchange) -> web.StreamResponse:
-        """Prometheus' text format, version 0.0.4. No label comes from a client."""
-        active = sum(1 for each in self.streams if each.stream and each.stream.body_received)
-        outcomes = {f'{{outcome="{name}"}}': count for name, count in self.outcomes.items()}
-        genai = "gen_ai_client_operation"  # OpenTelemetry's name
-        lines: list[str] = []
-
-        def add(name: str, kind: str, meaning: str, samples: Mapping[str, float]) -> None:
-            lines.append(f"# HELP {name} {meaning}")
-            lines.append(f"# TYPE {name} {kind}")
-            lines.extend(f"{name}{suffix} {value}" for suffix, value in samples.items())
-
-        add("chatstream_active_streams", "gauge", "Streams running now.", {"": active})
-        add("chatstream_draining", "gauge", "1 while shutting down.", {"": int(self.draining)})
-        add("chatstream_max_streams", "gauge", "Most streams at once.", {"": self.max_streams})
-        add("chatstream_streams_total", "counter", "Requests, by how they ended.", outcomes)
-        add("chatstream_events_total", "counter", "Chunks relayed.", {"": self.events_sent})
-        first = self.first_chunk_seconds.samples()
-        name = f"{genai}_time_to_first_chunk_seconds"
-        add(name, "histogram", "Time to the first chunk.", first)
-        duration = self.duration_seconds.samples()
-        add(f"{genai}_duration_seconds", "histogram", "Time to the end of the answer.", duration)
-        kind = "text/plain; version=0.0.4; charset=utf-8"
-        body = "\n".join([*lines, ""]).encode()
-        headers = {"Cache-Control": "no-store"}
-        return await exchange.finish(self.response(exchange, body, kind, headers=headers))
-
-
-def load_certificate(settings: Settings) -> ssl.SSLContext:
-    """Raises BadSetting."""
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    try:
-        # With an empty password, OpenSSL does not ask for one at the terminal.
-        context.load_cert_chain(settings.tls_cert, settings.tls_key, password="")
-    except (OSError, ValueError) as error:
-        raise BadSetting(
-            f"cannot read CHATSTREAM_TLS_CERT={settings.tls_cert} and "
-            f"CHATSTREAM_TLS_KEY={settings.tls_key}, which must be PEM without a password: {error}"
-        ) from None
-    return context
-
-
-MAX_MODELS_BYTES = 2**22
-CHAT_PATHS = ("/stream", "/v1/chat/completions")
-
-Handler = Callable[[Chatstream, Exchange], Awaitable[web.StreamResponse]]
-ROUTES: dict[str, tuple[tuple[str, ...], Handler]] = {  # `route` says which are guarded
-    "/": (("GET", "HEAD"), Chatstream.page),
-    "/stream": (("POST",), chat),
-    "/v1/chat/completions": (("POST",), chat),
-    "/v1/models": (("GET", "HEAD"), Chatstream.models),
-    "/healthz": (("GET", "HEAD"), Chatstream.probe),
-    "/readyz": (("GET", "HEAD"), Chatstream.probe),
-    "/metrics": (("GET", "HEAD"), Chatstream.metrics),
-}
-
-
-# ---- The demo ----------------------------------------------------------------------------
+# ---- The demo ------------------------------------------------------------------------
 # An upstream of our own, for a start without a key. Its models show what goes wrong in real life.
 
-DEMO_MODELS = ("demo", "demo-slow-start", "demo-cut-off", "demo-error", "demo-rate-limit")
+DEMO_MODELS = (
+    "demo",
+    "demo-slow-start",
+    "demo-cut-off",
+    "demo-error",
+    "demo-rate-limit",
+)
 DEMO_ANSWER = """\
 This is the **built-in demo**: there is no model behind it. You asked:
 
@@ -1650,11 +1684,11 @@ This is the **built-in demo**: there is no model behind it. You asked:
 
 Here is how each word of this answer gets to your screen:
 
-1. The *upstream* (a model server) generates a token and sends it as one server-sent event.
+1. The *upstream* (a model server) generates a token, and sends it as one server-sent event.
 2. `chatstream.py` checks the event and passes it on at once.
 3. This page parses it, and draws the text that is new.
 
-| If | then |
+| When | then |
 |---|---|
 | you press **Stop** | the upstream is cut off, and you stop paying |
 | the upstream breaks off | you see that the answer is not complete |
@@ -1670,77 +1704,86 @@ OPENAI_BASE_URL=http://localhost:11434/v1 OPENAI_MODEL=llama3.2 python chatstrea
 """
 
 
-async def demo_upstream(settings: Settings, request: web.BaseRequest) -> web.StreamResponse:
-    """A small OpenAI-compatible server that answers at the pace of a model, and fails as one."""
+async def demo_upstream(
+    settings: Settings, request: web.BaseRequest
+) -> web.StreamResponse:
+    """A small OpenAI-compatible server that answers at the pace of a model, and fails like one."""
     try:
         body = decode_json(await request.content.read())
         model = body["model"]
-        content = body["messages"][-1].get("content")
-        is_stream = body.get("stream")
-    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-        return web.json_response({"error": {"message": "Not a chat completion."}}, status=400)
+        question = text_of(body["messages"][-1]["content"])
+    except (ValueError, LookupError, TypeError):
+        return web.json_response(
+            {"error": {"message": "Not a chat completion."}}, status=400
+        )
     if model == "demo-rate-limit":
-        error = {"message": "The demo takes no requests right now.", "code": "rate_limit_exceeded"}
-        return web.json_response({"error": error}, status=429, headers={"Retry-After": "5"})
-    question = text_of(content)[:2000].replace("\n", "\n> ")
-    answer = DEMO_ANSWER.replace("{question}", question)
-    if not is_stream:
+        error = {
+            "message": "The demo takes no requests right now.",
+            "code": "rate_limit_exceeded",
+        }
+        return web.json_response(
+            {"error": error}, status=429, headers={"Retry-After": "5"}
+        )
+    answer = DEMO_ANSWER.replace("{question}", question[:2000].replace("\n", "\n> "))
+    completion = {"id": "chatcmpl-demo", "created": int(time.time()), "model": model}
+    if not body.get("stream"):
         message = {"role": "assistant", "content": answer}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
-        return web.json_response(demo_object("chat.completion", model, choice))
+        return web.json_response(
+            completion | {"object": "chat.completion", "choices": [choice]}
+        )
 
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
     await response.prepare(request)
     if model == "demo-slow-start":
         await asyncio.sleep(1.5 * settings.heartbeat_seconds)
-    deltas = [{"role": "assistant", "content": ""}]
-    deltas += [{"content": word} for word in re.findall(r"\s*\S+\s*", answer)]
-    if model in ("demo-cut-off", "demo-error"):
-        del deltas[len(deltas) // 2 :]
-    else:
-        deltas.append({})
-    for delta in deltas:
-        choice = {"index": 0, "delta": delta, "finish_reason": None if delta else "stop"}
-        await send_event(response, demo_object("chat.completion.chunk", model, choice))
+    for event in demo_events(model, answer, completion):
+        await response.write(event)
         await asyncio.sleep(0.02)
-    if model == "demo-error":
-        error = {"message": "The demo model ran out of memory.", "code": "out_of_memory"}
-        await send_event(response, {"error": error})
-    elif model != "demo-cut-off":
-        await response.write(DONE)
     return response
 
 
+def demo_events(
+    model: str, answer: str, completion: Mapping[str, object]
+) -> Iterator[bytes]:
+    deltas = [{"role": "assistant", "content": ""}]
+    deltas += [{"content": word} for word in re.findall(r"\s*\S+\s*", answer)]
+    deltas.append({})
+    breaks_off = model in ("demo-cut-off", "demo-error")
+    for delta in deltas[: len(deltas) // 2] if breaks_off else deltas:
+        choice = {
+            "index": 0,
+            "delta": delta,
+            "finish_reason": None if delta else "stop",
+        }
+        chunk = {**completion, "object": "chat.completion.chunk", "choices": [choice]}
+        yield b"data: %b\n\n" % encode_json(chunk).encode()
+    if model == "demo-error":
+        error = {
+            "message": "The demo model ran out of memory.",
+            "code": "out_of_memory",
+        }
+        yield b"data: %b\n\n" % encode_json({"error": error}).encode()
+    elif not breaks_off:
+        yield DONE
+
+
 def text_of(content: object) -> str:
-    """A message's content is a text, or a list of parts, of which some have a text."""
+    """A message's content is a text, or a list of parts, some of which have a text."""
     if isinstance(content, list):
-        return " ".join(text_of(part.get("text")) for part in content if isinstance(part, dict))
+        return " ".join(
+            text_of(part.get("text")) for part in content if isinstance(part, dict)
+        )
     return content if isinstance(content, str) else ""
 
 
-def demo_object(kind: str, model: str, choice: Mapping[str, object]) -> dict[str, object]:
-    return {
-        "id": "chatcmpl-demo",
-        "object": kind,
-        "created": int(time.time()),
-        "model": model,
-        "choices": [choice],
-    }
-
-
-async def send_event(response: web.StreamResponse, payload: Mapping[str, object]) -> None:
-    await response.write(b"data: %b\n\n" % encode_json(payload).encode())
-
-
-# ---- Start and stop ----------------------------------------------------------------------
-
-SECOND_KEY_PRESS = 0.5  # seconds after the first signal
+# ---- Start and stop ------------------------------------------------------------------
 
 
 async def serve(settings: Settings) -> None:
     """Runs until the first SIGINT or SIGTERM, then drains. A second one ends it at once."""
-    stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
+    stopping = asyncio.Event()
     first_signal = 0.0
 
     def on_signal(*_: object) -> None:
@@ -1749,13 +1792,13 @@ async def serve(settings: Settings) -> None:
         if not first_signal:
             first_signal = now
             loop.call_soon_threadsafe(stopping.set)
-        # `timeout` or `npm run` pass a Ctrl+C on that we have received as well.
-        elif now - first_signal > SECOND_KEY_PRESS:
+        # `timeout` and `npm run` pass on a Ctrl+C that we have received ourselves.
+        elif now - first_signal > 0.5:
             os._exit(1)
 
-    # The loop's own add_signal_handler does not exist on Windows.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+    # On Windows, the loop has no add_signal_handler.
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
     loop.set_exception_handler(on_loop_error)
     async with AsyncExitStack() as stack:
         upstream = settings.base_url or OPENAI_URL
@@ -1773,7 +1816,9 @@ async def serve(settings: Settings) -> None:
         announce(f"  models:   {', '.join(settings.model)}")
         announce("  to stop:  Ctrl+C")
         await stopping.wait()
-        announce(f"draining for up to {settings.drain_seconds:g} s; Ctrl+C ends it at once")
+        announce(
+            f"draining for up to {settings.drain_seconds:g} s; Ctrl+C ends it at once"
+        )
 
 
 def announce(line: str) -> None:
@@ -1783,17 +1828,18 @@ def announce(line: str) -> None:
 
 
 def on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Without files left, asyncio reports each connection that it cannot accept: thousands."""
+    """Without files left, asyncio would log a traceback for each connection that it can't take."""
     error = context.get("exception")
-    if isinstance(error, OSError) and error.errno in OUT_OF_FILES:
-        return
-    loop.default_exception_handler(context)
+    if not (isinstance(error, OSError) and error.errno in OUT_OF_FILES):
+        loop.default_exception_handler(context)
 
 
 def main() -> None:
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
-    logging.raiseExceptions = False  # a closed or broken stderr must not stop the server
-    # aiohttp logs a traceback for each malformed request. Our own errors never get to it.
+    logging.raiseExceptions = (
+        False  # a closed or broken stderr must not stop the server, either
+    )
+    # It would log a traceback for each malformed request. Our own errors never get there.
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
     settings = read_settings(os.environ, sys.argv[1:])
     try:

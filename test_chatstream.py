@@ -54,7 +54,7 @@ from chatstream import Chatstream, EventParser, Relay, read_settings
 
 HERE = Path(__file__).parent
 # A wait longer than this many seconds means that what we wait for does not happen.
-PATIENCE = 20.0 * float(os.environ.get("CHATSTREAM_TEST_PATIENCE", "1"))
+PATIENCE = 30.0 * float(os.environ.get("CHATSTREAM_TEST_PATIENCE", "1"))
 EVENT_STREAM = "text/event-stream"
 JSON = "application/json"
 
@@ -76,7 +76,7 @@ async def eventually(is_true: Callable[[], Any]) -> None:
             await asyncio.sleep(0.005)
 
 
-# ---- What an upstream says ---------------------------------------------------------------
+# ---- What an upstream says ---------------------------------------------------
 
 
 def event(payload: bytes | Json) -> bytes:
@@ -113,7 +113,7 @@ WHOLE_ANSWER: Json = {
 }
 
 
-# ---- The scripted upstream ---------------------------------------------------------------
+# ---- The scripted upstream ---------------------------------------------------
 # A script is a coroutine function. It receives the Call and says what is sent, and when.
 
 
@@ -146,7 +146,10 @@ class Call(asyncio.Protocol):
             raise ConnectionResetError
 
     async def send_head(
-        self, status: int = 200, content_type: str = EVENT_STREAM, headers: Headers | None = None
+        self,
+        status: int = 200,
+        content_type: str = EVENT_STREAM,
+        headers: Headers | None = None,
     ) -> None:
         """Sends the head of an answer whose body comes in chunks."""
         lines = [f"HTTP/1.1 {status} Scripted", "Transfer-Encoding: chunked"]
@@ -249,9 +252,13 @@ async def scripted_upstream(
     """An upstream that listens on a port of its own."""
     upstream = ScriptedUpstream(script)
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: UpstreamConnection(upstream), "127.0.0.1", 0, ssl=tls)
+    server = await loop.create_server(
+        lambda: UpstreamConnection(upstream), "127.0.0.1", 0, ssl=tls
+    )
     port = server.sockets[0].getsockname()[1]
-    upstream.url = f"https://localhost:{port}/v1" if tls else f"http://127.0.0.1:{port}/v1"
+    upstream.url = (
+        f"https://localhost:{port}/v1" if tls else f"http://127.0.0.1:{port}/v1"
+    )
     try:
         yield upstream
     finally:
@@ -321,14 +328,18 @@ def streams(*words: str, usage: Json | None = None) -> Script:
     pieces = [text(word) for word in words]
     pieces.append(FINISH)
     if usage:
-        pieces.append(event({"object": "chat.completion.chunk", "choices": [], "usage": usage}))
+        pieces.append(
+            event({"object": "chat.completion.chunk", "choices": [], "usage": usage})
+        )
     return sends(*pieces, DONE)
 
 
 SAYS_HI = streams("Hi")
 
 
-def responds(status: int, body: bytes | Json | list[Any], headers: Headers | None = None) -> Script:
+def responds(
+    status: int, body: bytes | Json | list[Any], headers: Headers | None = None
+) -> Script:
     """A script that answers with one JSON document."""
     if not isinstance(body, bytes):
         body = json.dumps(body).encode()
@@ -350,7 +361,7 @@ def waits_for(go_on: asyncio.Event, script: Script) -> Script:
     return waiting_script
 
 
-# ---- The server in this process ----------------------------------------------------------
+# ---- The server in this process ----------------------------------------------
 
 
 def variable(name: str) -> str:
@@ -368,14 +379,25 @@ class Server:
 
 
 @asynccontextmanager
-async def serving(script: Script = SAYS_HI, **settings: object) -> AsyncIterator[Server]:
+async def serving(
+    script: Script = SAYS_HI, **settings: object
+) -> AsyncIterator[Server]:
     """The server, in front of an upstream that follows the script.
 
     Settings are given by their short names: `idle_seconds=0.2` is CHATSTREAM_IDLE_SECONDS=0.2.
     """
     async with scripted_upstream(script) as upstream:
-        # With no drain time, a test that leaves a stream behind ends at once.
-        usual = {"base_url": upstream.url, "model": "m", "port": 0, "drain_seconds": 0}
+        usual: dict[str, object] = {
+            "base_url": upstream.url,
+            "model": "m",
+            "port": 0,
+            # A test that leaves a stream behind ends at once.
+            "drain_seconds": 0,
+            # On a slow machine no limit must strike that the test does not set.
+            "heartbeat_seconds": 300,
+            "connect_seconds": 60,
+            "write_seconds": 60,
+        }
         chosen = usual | settings
         environ = {variable(name): str(value) for name, value in chosen.items()}
         server = Chatstream(read_settings(environ, []))
@@ -413,12 +435,15 @@ class LogRecords(logging.Handler):
         found = [
             formatter.format(record)
             for record in self.records
-            if record.exc_info or (record.name == "asyncio" and record.levelno >= logging.ERROR)
+            if record.exc_info
+            or (record.name == "asyncio" and record.levelno >= logging.ERROR)
         ]
-        return [each for each in found if not self.expected or self.expected not in each]
+        return [
+            each for each in found if not self.expected or self.expected not in each
+        ]
 
 
-# ---- The client --------------------------------------------------------------------------
+# ---- The client --------------------------------------------------------------
 
 
 @dataclass
@@ -436,7 +461,9 @@ class Answer:
     @property
     def payloads(self) -> list[bytes]:
         """The payloads of the events. Fails if anything but events and heartbeats was sent."""
-        assert re.fullmatch(rb"((: keep-alive|data: [^\n]*)\n\n)+", self.body), self.body
+        assert re.fullmatch(rb"((: keep-alive|data: [^\n]*)\n\n)+", self.body), (
+            self.body
+        )
         return re.findall(rb"(?m)^data: (.*)", self.body)
 
     @property
@@ -475,7 +502,11 @@ def http_request(
     """A request, as bytes: by default a good one of a chat."""
     if isinstance(body, dict):
         body = json.dumps(body).encode()
-    fields = {"Host": "localhost", "Content-Type": JSON, "Content-Length": str(len(body))}
+    fields = {
+        "Host": "localhost",
+        "Content-Type": JSON,
+        "Content-Length": str(len(body)),
+    }
     fields |= headers or {}
     lines = [line, *(f"{name}: {value}" for name, value in fields.items()), "", ""]
     return "\r\n".join(lines).encode("latin-1") + body
@@ -493,13 +524,15 @@ class Connection:
 
     async def read_until(self, mark: bytes) -> bytes:
         """What comes up to this mark; fails if the connection ends before it."""
-        data = b""
+        data = bytearray()
+        searched = 0
         async with asyncio.timeout(PATIENCE):
-            while mark not in data:
+            while data.find(mark, searched) < 0:
+                searched = max(0, len(data) - len(mark))
                 piece = await self.reader.read(2**16)
-                assert piece, f"the connection ended after {data!r}"
+                assert piece, f"the connection ended after {bytes(data[-1000:])!r}"
                 data += piece
-        return data
+        return bytes(data)
 
     async def read_to_end(self) -> bytes:
         """All that comes until the server closes the connection."""
@@ -531,10 +564,17 @@ async def connected(
             await writer.wait_closed()
 
 
+def setUpModule() -> None:
+    # Each test looks for lost exceptions with a full collection. What exists by now needs none.
+    gc.freeze()
+
+
 class ServerCase(unittest.IsolatedAsyncioTestCase):
     """A test of the server. It fails if a traceback is left in the log."""
 
     async def asyncSetUp(self) -> None:
+        # unittest switches asyncio's debug mode on. It is slow; `python -X dev` brings it back.
+        asyncio.get_running_loop().set_debug(sys.flags.dev_mode)
         self.client = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),
             timeout=aiohttp.ClientTimeout(total=PATIENCE),
@@ -579,7 +619,9 @@ class ServerCase(unittest.IsolatedAsyncioTestCase):
         async with self.client.post(url + path, data=data, headers=sent) as response:
             yield response
 
-    async def get(self, url: str, *, method: str = "GET", headers: Headers | None = None) -> Answer:
+    async def get(
+        self, url: str, *, method: str = "GET", headers: Headers | None = None
+    ) -> Answer:
         """The answer to a request without a body."""
         async with self.client.request(
             method, url, headers=headers, allow_redirects=False, ssl=CLIENT_TLS
@@ -614,13 +656,17 @@ class ServerCase(unittest.IsolatedAsyncioTestCase):
                 found = await self.outcomes(url)
         self.assertEqual(found, expected)
 
+    def assert_error(self, answer: Answer, status: int, code: str) -> None:
+        """The answer is, or ends with, this error."""
+        self.assertEqual((answer.status, answer.error["code"]), (status, code))
+
     def assert_headers(self, answer: Answer, expected: Headers) -> None:
         """The answer has these headers, whatever others it has."""
         found = {name: answer.headers.get(name) for name in expected}
         self.assertEqual(found, expected)
 
 
-# ---- The program, as people start it -----------------------------------------------------
+# ---- The program, as people start it -----------------------------------------
 
 # Made for these tests, for localhost, valid for a hundred years; it guards nothing.
 PEM = """\
@@ -717,7 +763,13 @@ class Program:
         return await self.exit()
 
 
-COMPLAINTS = ("Traceback", "never retrieved", "never awaited", "was destroyed", "ResourceWarning")
+COMPLAINTS = (
+    "Traceback",
+    "never retrieved",
+    "never awaited",
+    "was destroyed",
+    "ResourceWarning",
+)
 
 
 @asynccontextmanager
@@ -726,26 +778,29 @@ async def process(
     environment: Headers,
     redirection: str = "",
     prefix: str = "",
-    stdin: int = subprocess.DEVNULL,
-    stdout: int = subprocess.PIPE,
-    new_session: bool = False,
+    **options: Any,
 ) -> AsyncIterator[Program]:
     """`python ARGUMENTS`, started by a shell, with no setting but those of this environment.
 
     Fails if the process leaves a traceback or a warning on stderr.
     """
-    ours = ("OPENAI_", "CHATSTREAM_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
+    ours = (
+        "OPENAI_",
+        "CHATSTREAM_",
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "ALL_PROXY",
+        "NO_PROXY",
+    )
     inherited = {k: v for k, v in os.environ.items() if not k.upper().startswith(ours)}
     command = f'{prefix} exec "$@" {redirection}'
     with tempfile.TemporaryFile() as stderr:
         started = await asyncio.create_subprocess_exec(
             *("sh", "-c", command, "sh", sys.executable, *arguments),
             cwd=HERE,
-            env=inherited | {"PYTHONDEVMODE": "1"} | environment,
-            stdin=stdin,
-            stdout=stdout,
+            env=inherited | {"PYTHONWARNINGS": "default"} | environment,
             stderr=stderr,
-            start_new_session=new_session,
+            **({"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE} | options),
         )
         program = Program(started, stderr)
         try:
@@ -759,7 +814,9 @@ async def process(
 
 
 @asynccontextmanager
-async def running_program(*arguments: str, **environment: str) -> AsyncIterator[Program]:
+async def running_program(
+    *arguments: str, **environment: str
+) -> AsyncIterator[Program]:
     """`python chatstream.py ARGUMENTS`, once it listens."""
     chosen = {"CHATSTREAM_PORT": "0"} | environment
     async with process("chatstream.py", *arguments, environment=chosen) as program:
@@ -777,7 +834,7 @@ async def failed_start(*arguments: str, **environment: str) -> Exit:
         return await program.exit()
 
 
-# ---- The parser: bytes in any pieces become events ---------------------------------------
+# ---- The parser: bytes in any pieces become events ---------------------------
 
 
 def byte_by_byte(data: bytes) -> list[bytes]:
@@ -805,7 +862,9 @@ class Parser(unittest.TestCase):
 
     def test_an_event_has_a_type_and_data(self) -> None:
         """An `event:` line gives an event its type, a `data:` line its data."""
-        self.assertEqual(self.parse(b"event: greeting\ndata: hi\n\n"), [(b"greeting", b"hi")])
+        self.assertEqual(
+            self.parse(b"event: greeting\ndata: hi\n\n"), [(b"greeting", b"hi")]
+        )
 
     def test_the_type_ends_with_its_event(self) -> None:
         """The type belongs to one event; the next has none."""
@@ -821,21 +880,27 @@ class Parser(unittest.TestCase):
 
     def test_any_byte_split(self) -> None:
         """Pieces may be cut anywhere: inside CRLF, and inside a UTF-8 character."""
-        body = "\ufeffevent: x\r\ndata: Grüße 👋\r\n\r\ndata:\r\ndata: b\r\n\r\n".encode()
+        body = (
+            "\ufeffevent: x\r\ndata: Grüße 👋\r\n\r\ndata:\r\ndata: b\r\n\r\n".encode()
+        )
         for pieces in every_split(body):
             expected = [(b"x", "Grüße 👋".encode()), (b"", b"\nb")]
             self.assertEqual(self.parse(*pieces), expected, pieces)
 
     def test_empty_pieces(self) -> None:
         """An empty piece changes nothing, not even between CR and LF."""
-        self.assertEqual(self.parse(b"data: a\r", b"", b"\ndata: b\n\n"), [(b"", b"a\nb")])
+        self.assertEqual(
+            self.parse(b"data: a\r", b"", b"\ndata: b\n\n"), [(b"", b"a\nb")]
+        )
 
     def test_an_event_comes_with_its_last_byte(self) -> None:
         """An event is there as soon as its blank line has begun, not when the next one comes."""
         for blank_line in (b"\n\n", b"\r\n\r", b"\r\r"):
             with self.subTest(blank_line):
                 parser = EventParser(1000)
-                self.assertEqual(list(parser.feed(b"data: a" + blank_line)), [(b"", b"a")])
+                self.assertEqual(
+                    list(parser.feed(b"data: a" + blank_line)), [(b"", b"a")]
+                )
 
     def test_byte_order_mark(self) -> None:
         """A byte order mark may open the stream."""
@@ -866,7 +931,9 @@ class Parser(unittest.TestCase):
 
     def test_other_fields(self) -> None:
         """`id`, `retry` and unknown fields are dropped."""
-        self.assertEqual(self.parse(b"id: 7\nretry: 9\nfoo: x\nfoo\ndata: a\n\n"), [(b"", b"a")])
+        self.assertEqual(
+            self.parse(b"id: 7\nretry: 9\nfoo: x\nfoo\ndata: a\n\n"), [(b"", b"a")]
+        )
 
     def test_the_last_event_may_lack_its_blank_line(self) -> None:
         """At the end of the body, a last event counts without its blank line or any newline."""
@@ -877,7 +944,9 @@ class Parser(unittest.TestCase):
     def test_an_event_may_be_as_long_as_the_limit(self) -> None:
         """Data of exactly the limit pass."""
         data = b"x" * 100
-        self.assertEqual(self.parse(b"data: " + data + b"\n\n", limit=100), [(b"", data)])
+        self.assertEqual(
+            self.parse(b"data: " + data + b"\n\n", limit=100), [(b"", data)]
+        )
 
     def test_too_long_an_event(self) -> None:
         """One byte more than the limit raises OverflowError, whatever the lines look like."""
@@ -922,7 +991,7 @@ class Parser(unittest.TestCase):
         self.assertLess(long, 16 * 6 * short)
 
 
-# ---- The relay: what goes out, and what it says of the answer ----------------------------
+# ---- The relay: what goes out, and what it says of the answer ----------------
 
 
 @dataclass
@@ -941,7 +1010,9 @@ class Relayed:
 
     @property
     def text(self) -> str:
-        deltas = [choice["delta"] for chunk in self.chunks for choice in chunk["choices"]]
+        deltas = [
+            choice["delta"] for chunk in self.chunks for choice in chunk["choices"]
+        ]
         return "".join(delta.get("content") or "" for delta in deltas)
 
 
@@ -980,9 +1051,14 @@ FRAMINGS = [
     Framing("CRLF", GOOD.replace(b"\n", b"\r\n")),
     Framing("CR", GOOD.replace(b"\n", b"\r")),
     Framing("byte order mark", b"\xef\xbb\xbf" + GOOD),
-    Framing("no space after the colon (openai-python#559)", GOOD.replace(b"data: {", b"data:{")),
+    Framing(
+        "no space after the colon (openai-python#559)",
+        GOOD.replace(b"data: {", b"data:{"),
+    ),
     Framing("comments (OpenRouter)", b": OPENROUTER PROCESSING\n\n:\n\n" + GOOD),
-    Framing("a comment longer than an event may be", b":" + b"x" * 250_000 + b"\n" + GOOD),
+    Framing(
+        "a comment longer than an event may be", b":" + b"x" * 250_000 + b"\n" + GOOD
+    ),
     Framing("other fields", b"id: 7\nretry: 10\nevent: message\nfoo: bar\n" + GOOD),
     Framing("events without data", b"event: ping\n\ndata:\n\n" + GOOD),
     Framing("null as a sign of life", event(b"null") + GOOD),
@@ -1005,7 +1081,9 @@ class Forwarding(unittest.TestCase):
         for framing in FRAMINGS:
             is_short = len(framing.sent) < 5000
             with self.subTest(framing.name):
-                for pieces in every_split(framing.sent) if is_short else [[framing.sent]]:
+                for pieces in (
+                    every_split(framing.sent) if is_short else [[framing.sent]]
+                ):
                     relayed = relay_body(*pieces)
                     self.assertEqual((relayed.out, relayed.code), (GOOD, ""), pieces)
 
@@ -1029,7 +1107,9 @@ class Forwarding(unittest.TestCase):
     def test_several_data_lines_go_out_as_one(self) -> None:
         """A payload on several `data:` lines goes out on one, with spaces where lines ended."""
         body = b'data: {"choices":\ndata: [{"delta":{}}]}\n\n' + DONE
-        self.assertEqual(relay_body(body).out, event(b'{"choices": [{"delta":{}}]}') + DONE)
+        self.assertEqual(
+            relay_body(body).out, event(b'{"choices": [{"delta":{}}]}') + DONE
+        )
 
     def test_a_token_may_contain_the_end_mark(self) -> None:
         """`[DONE]` is the end only as the whole payload."""
@@ -1037,8 +1117,12 @@ class Forwarding(unittest.TestCase):
 
     def test_usage_without_choices(self) -> None:
         """A payload with `usage` but no `choices` goes out with an empty list of choices."""
-        relayed = relay_body(SAID + FINISH + event({"usage": {"total_tokens": 3}}) + DONE)
-        self.assertEqual(relayed.chunks[-1], {"usage": {"total_tokens": 3}, "choices": []})
+        relayed = relay_body(
+            SAID + FINISH + event({"usage": {"total_tokens": 3}}) + DONE
+        )
+        self.assertEqual(
+            relayed.chunks[-1], {"usage": {"total_tokens": 3}, "choices": []}
+        )
 
     def test_a_message_that_repeats_the_deltas(self) -> None:
         """A `message` after deltas says again what they said: it is not sent again (MiniMax)."""
@@ -1053,7 +1137,11 @@ class Forwarding(unittest.TestCase):
 
     def test_the_finish_reason_beside_a_repeated_message(self) -> None:
         """The `finish_reason` of a chunk whose message is left out still reaches the client."""
-        choice = {"index": 0, "finish_reason": "length", "message": {"content": "Hello"}}
+        choice = {
+            "index": 0,
+            "finish_reason": "length",
+            "message": {"content": "Hello"},
+        }
         relayed = relay_body(text("Hello") + event({"choices": [choice]}) + DONE)
         reasons = [each["choices"][0].get("finish_reason") for each in relayed.chunks]
         self.assertEqual(reasons, [None, "length"])
@@ -1067,10 +1155,15 @@ class Forwarding(unittest.TestCase):
 
     def test_tool_calls_of_a_whole_completion(self) -> None:
         """Each of its `tool_calls` gets the `index` that clients need."""
-        calls = [{"id": "a", "function": {"name": "f"}}, {"id": "b", "function": {"name": "g"}}]
+        calls = [
+            {"id": "a", "function": {"name": "f"}},
+            {"id": "b", "function": {"name": "g"}},
+        ]
         message = {"role": "assistant", "content": None, "tool_calls": calls}
         choice = {"index": 0, "message": message, "finish_reason": "tool_calls"}
-        relayed = relay_body(event({"object": "chat.completion", "choices": [choice]}) + DONE)
+        relayed = relay_body(
+            event({"object": "chat.completion", "choices": [choice]}) + DONE
+        )
         delta = relayed.chunks[0]["choices"][0]["delta"]
         self.assertEqual([call["index"] for call in delta["tool_calls"]], [0, 1])
 
@@ -1124,17 +1217,23 @@ class EndOfAnAnswer(unittest.TestCase):
 
     def test_an_empty_finish_reason(self) -> None:
         """An empty `finish_reason` finishes nothing."""
-        self.assertEqual(relay_body(SAID + chunk({}, finish_reason="")).code, "stream_truncated")
+        self.assertEqual(
+            relay_body(SAID + chunk({}, finish_reason="")).code, "stream_truncated"
+        )
 
     def test_an_unfinished_message(self) -> None:
         """A `message` whose `finish_reason` is null does not complete an answer by itself."""
         choice = {"index": 0, "message": {"content": "Hel"}, "finish_reason": None}
-        self.assertEqual(relay_body(event({"choices": [choice]})).code, "stream_truncated")
+        self.assertEqual(
+            relay_body(event({"choices": [choice]})).code, "stream_truncated"
+        )
 
     def test_usage_after_the_finish_reason(self) -> None:
         """A usage chunk after the last `finish_reason` changes nothing."""
         usage = event({"choices": [], "usage": {"total_tokens": 3}})
-        self.assertEqual(relay_body(SAID + FINISH + usage).out, SAID + FINISH + usage + DONE)
+        self.assertEqual(
+            relay_body(SAID + FINISH + usage).out, SAID + FINISH + usage + DONE
+        )
 
     def test_a_connection_that_breaks_after_the_end(self) -> None:
         """A connection that breaks when every choice is finished harms nothing."""
@@ -1146,16 +1245,11 @@ class EndOfAnAnswer(unittest.TestCase):
         relayed = relay_body(SAID, aborted=True)
         self.assertEqual((relayed.out, relayed.code), (SAID, "stream_truncated"))
 
-    def test_a_connection_that_breaks_inside_an_event(self) -> None:
-        """What a broken connection left unfinished is not taken for an event."""
-        relayed = relay_body(SAID + FINISH[:-2], aborted=True)
-        self.assertEqual((relayed.out, relayed.code), (SAID, "stream_truncated"))
-
     def test_truncation_at_every_byte(self) -> None:
         """Wherever an answer is cut before its end, it is told as truncated."""
         first_cut = len(SAID)
-        last_cut = len(SAID + FINISH) - 3
-        for length in range(first_cut, last_cut):
+        last_cut = len(SAID + FINISH) - len(b"}\n\n")
+        for length in range(first_cut, last_cut + 1):
             for aborted in (False, True):
                 relayed = relay_body(GOOD[:length], aborted=aborted)
                 self.assertEqual(relayed.code, "stream_truncated", GOOD[:length])
@@ -1173,7 +1267,7 @@ class EndOfAnAnswer(unittest.TestCase):
                 self.assertEqual((relayed.out, relayed.code), (b"", "empty_stream"))
 
 
-# ---- What the upstream reports, and what it gets wrong -----------------------------------
+# ---- What the upstream reports, and what it gets wrong -----------------------
 
 
 @dataclass
@@ -1190,19 +1284,42 @@ OVERLOADED: Json = {"message": "Overloaded", "type": "overloaded_error", "code":
 NUMBERED: Json = {"message": "Ouch", "code": 400}
 
 DIALECTS = [
-    Dialect("an object", event({"error": OVERLOADED}), code="busy", message="Overloaded"),
-    Dialect("a list", event(json.dumps([{"error": OVERLOADED}]).encode()), "busy", "Overloaded"),
+    Dialect(
+        "an object", event({"error": OVERLOADED}), code="busy", message="Overloaded"
+    ),
+    Dialect(
+        "a list",
+        event(json.dumps([{"error": OVERLOADED}]).encode()),
+        "busy",
+        "Overloaded",
+    ),
     Dialect("a text (LM Studio)", event({"error": "Ouch"})),
     Dialect("object: error (vLLM)", event({"object": "error"} | NUMBERED)),
-    Dialect("an error beside a message", event({"error": {"message": "Ouch"}, "message": "Out"})),
+    Dialect(
+        "an error beside a message",
+        event({"error": {"message": "Ouch"}, "message": "Out"}),
+    ),
     Dialect("event: error", b"event: error\n" + event({"error": {"message": "Ouch"}})),
-    Dialect("event: error with a bare message", b"event: error\n" + event({"message": "Ouch"})),
+    Dialect(
+        "event: error with a bare message",
+        b"event: error\n" + event({"message": "Ouch"}),
+    ),
     Dialect("an error field (llama.cpp)", b'error: {"code":500,"message":"Ouch"}\n\n'),
-    Dialect("an error beside choices", event({"choices": [{}], "error": {"message": "Ouch"}})),
-    Dialect("an error in a choice", event({"choices": [{"error": {"message": "Ouch"}}]})),
+    Dialect(
+        "an error beside choices",
+        event({"choices": [{}], "error": {"message": "Ouch"}}),
+    ),
+    Dialect(
+        "an error in a choice", event({"choices": [{"error": {"message": "Ouch"}}]})
+    ),
     Dialect("a number as code", event({"error": {"message": "Ouch", "code": 500}})),
-    Dialect("a code of a page", event({"error": {"message": "Ouch", "code": "x" * 65}})),
-    Dialect("a message that is an object", event({"detail": [{"msg": "Ouch"}], "object": "error"})),
+    Dialect(
+        "a code of a page", event({"error": {"message": "Ouch", "code": "x" * 65}})
+    ),
+    Dialect(
+        "a message that is an object",
+        event({"detail": [{"msg": "Ouch"}], "object": "error"}),
+    ),
 ]
 
 
@@ -1227,14 +1344,18 @@ class UpstreamErrors(unittest.TestCase):
 
     def test_an_error_event_without_json(self) -> None:
         """`event: error` is an error whatever its data are."""
-        self.assertEqual(relay_body(b"event: error\ndata: Ouch\n\n" + DONE).code, "upstream_error")
+        self.assertEqual(
+            relay_body(b"event: error\ndata: Ouch\n\n" + DONE).code, "upstream_error"
+        )
 
     def test_falsy_errors(self) -> None:
         """`"error": null`, and the like, beside choices is no error."""
         falsy: list[Any] = [None, "", False, {}]
         for error in falsy:
             with self.subTest(error):
-                body = event({"choices": [{"delta": {}, "error": error}], "error": error})
+                body = event(
+                    {"choices": [{"delta": {}, "error": error}], "error": error}
+                )
                 self.assertEqual(relay_body(body + DONE).out, body + DONE)
 
 
@@ -1259,7 +1380,9 @@ MALFORMED = [
     Malformed("a newline inside a string", b'{"choices":[{"x":"a\ndata: b"}]}'),
     Malformed("a lone half of a pair", b'{"choices":[]},{"choices":[{}'),
     Malformed("the other half", b"{}]}"),
-    Malformed("a number without end in a whole answer", b'{"choices":[{"message":1e999}]}'),
+    Malformed(
+        "a number without end in a whole answer", b'{"choices":[{"message":1e999}]}'
+    ),
 ]
 
 
@@ -1271,11 +1394,15 @@ class MalformedPayloads(unittest.TestCase):
         for malformed in MALFORMED:
             with self.subTest(malformed.name):
                 relayed = relay_body(SAID, event(malformed.payload), FINISH, DONE)
-                self.assertEqual((relayed.out, relayed.code), (SAID, "upstream_invalid"))
+                self.assertEqual(
+                    (relayed.out, relayed.code), (SAID, "upstream_invalid")
+                )
 
     def test_a_huge_integer(self) -> None:
         """An integer of more digits than Python reads is no fault of ours."""
-        relayed = relay_body(event(b'{"choices":[],"n":%b}' % (b"1" * 5000)), FINISH, DONE)
+        relayed = relay_body(
+            event(b'{"choices":[],"n":%b}' % (b"1" * 5000)), FINISH, DONE
+        )
         self.assertIn(relayed.code, ("", "upstream_invalid"))
 
     def test_too_large_an_event(self) -> None:
@@ -1290,7 +1417,7 @@ class MalformedPayloads(unittest.TestCase):
                 self.assertEqual(relay_body(body).status, 502)
 
 
-# ---- An honest status: what fails before the first event ---------------------------------
+# ---- An honest status: what fails before the first event ---------------------
 
 
 @dataclass
@@ -1327,15 +1454,24 @@ FAULTS = [
     ),
     Fault(
         "a message that is an object (Mistral)",
-        refuses(422, {"object": "error", "message": {"detail": [{"msg": "Field required"}]}}),
+        refuses(
+            422, {"object": "error", "message": {"detail": [{"msg": "Field required"}]}}
+        ),
         422,
         "upstream_rejected",
         "Field required",
     ),
     Fault("a page", refuses(404, b"<html>Not Found"), 404, "upstream_rejected"),
-    Fault("a page in JSON", refuses(404, {"error": "<html>x"}), 404, "upstream_rejected"),
+    Fault(
+        "a page in JSON", refuses(404, {"error": "<html>x"}), 404, "upstream_rejected"
+    ),
     Fault("a traceback", refuses(400, {"error": TRACEBACK}), 400, "upstream_rejected"),
-    Fault("a long code", refuses(400, {"error": {"code": "x" * 65}}), 400, "upstream_rejected"),
+    Fault(
+        "a long code",
+        refuses(400, {"error": {"code": "x" * 65}}),
+        400,
+        "upstream_rejected",
+    ),
     Fault(
         "fields of other types",
         refuses(400, {"error": {"message": {}, "type": 7, "code": []}}),
@@ -1347,8 +1483,17 @@ FAULTS = [
     Fault("401", refuses(401, BUSY), 502, "upstream_auth", type="upstream_error"),
     Fault("500", refuses(500, BUSY), 502, "upstream_error", type="upstream_error"),
     Fault("503", refuses(503, BUSY), 502, "upstream_error"),
-    Fault("a redirect", responds(307, b"", {"Location": "/v1/x"}), 502, "upstream_error"),
-    Fault("an error first", sends(event(BUSY)), 502, "busy", "Overloaded", "overloaded_error"),
+    Fault(
+        "a redirect", responds(307, b"", {"Location": "/v1/x"}), 502, "upstream_error"
+    ),
+    Fault(
+        "an error first",
+        sends(event(BUSY)),
+        502,
+        "busy",
+        "Overloaded",
+        "overloaded_error",
+    ),
     Fault("an error document", refuses(200, BUSY), 502, "busy", "Overloaded"),
     Fault("an error in a list", refuses(200, [BUSY]), 502, "busy", "Overloaded"),
     Fault("nothing", sends(), 502, "empty_stream"),
@@ -1372,9 +1517,7 @@ class HonestStatus(ServerCase):
                 with self.subTest(fault.name):
                     server.upstream.script = fault.script
                     answer = await self.ask(server.url)
-                    self.assertEqual(
-                        (answer.status, answer.error["code"]), (fault.status, fault.code)
-                    )
+                    self.assert_error(answer, fault.status, fault.code)
                     if fault.message:
                         self.assertEqual(answer.error["message"], fault.message)
                     if fault.type:
@@ -1408,8 +1551,14 @@ class HonestStatus(ServerCase):
         """Key and token are blotted out where the upstream quotes them."""
         leak = {"error": "sk-secret-1 and token-secret-2 are wrong"}
         headers = {"Authorization": "Bearer token-secret-2"}
-        for script in (responds(400, leak), sends(event(leak)), sends(SAID, event(leak))):
-            async with serving(script, api_key="sk-secret-1", token="token-secret-2") as server:
+        for script in (
+            responds(400, leak),
+            sends(event(leak)),
+            sends(SAID, event(leak)),
+        ):
+            async with serving(
+                script, api_key="sk-secret-1", token="token-secret-2"
+            ) as server:
                 answer = await self.ask(server.url, headers=headers)
                 self.assertRegex(answer.error["message"], r"^\S+ and \S+ are wrong$")
                 self.assertNotIn(b"secret", answer.body)
@@ -1422,7 +1571,11 @@ class HonestStatus(ServerCase):
 
     async def test_what_a_refusal_says(self) -> None:
         """Of another 4xx, `param`, Retry-After and the rate limits are passed on, no more."""
-        kept = {"Retry-After": "7", "retry-after-ms": "7000", "x-ratelimit-remaining": "0"}
+        kept = {
+            "Retry-After": "7",
+            "retry-after-ms": "7000",
+            "x-ratelimit-remaining": "0",
+        }
         body = {"error": {"message": "No", "param": "n"}}
         script = responds(429, body, kept | {"Set-Cookie": "a=b", "X-Internal": "x"})
         answer = await self.answer_to(script)
@@ -1445,7 +1598,7 @@ class HonestStatus(ServerCase):
             url = f"http://127.0.0.1:{closed.getsockname()[1]}/v1"
             async with serving(base_url=url) as server:
                 answer = await self.ask(server.url)
-        self.assertEqual((answer.status, answer.error["code"]), (502, "upstream_unreachable"))
+        self.assert_error(answer, 502, "upstream_unreachable")
 
     async def test_an_unknown_certificate(self) -> None:
         """A certificate that nobody vouches for cannot be reached; the request is not sent."""
@@ -1455,7 +1608,7 @@ class HonestStatus(ServerCase):
             async with scripted_upstream(SAYS_HI, own.upstream_tls) as upstream:
                 async with serving(base_url=upstream.url) as server:
                     answer = await self.ask(server.url)
-        self.assertEqual((answer.status, answer.error["code"]), (502, "upstream_unreachable"))
+        self.assert_error(answer, 502, "upstream_unreachable")
         self.assertEqual(upstream.calls, [])
 
     async def test_no_connection_in_time(self) -> None:
@@ -1464,7 +1617,7 @@ class HonestStatus(ServerCase):
             url = f"https://127.0.0.1:{mute.getsockname()[1]}/v1"
             async with serving(base_url=url, connect_seconds=0.2) as server:
                 answer = await self.ask(server.url)
-        self.assertEqual((answer.status, answer.error["code"]), (504, "upstream_timeout"))
+        self.assert_error(answer, 504, "upstream_timeout")
 
     async def test_no_http(self) -> None:
         """An upstream that does not speak HTTP gives a 502 without its text."""
@@ -1479,10 +1632,10 @@ class HonestStatus(ServerCase):
 
     async def test_a_compressed_answer(self) -> None:
         """A compressed answer is refused, and never inflated."""
-        bomb = gzip.compress(b"data: " + b"x" * 2**24)
+        bomb = gzip.compress(b"data: " + b"x" * 2**22)
         script = sends(bomb, headers={"Content-Encoding": "gzip"})
         answer = await self.answer_to(script)
-        self.assertEqual((answer.status, answer.error["code"]), (502, "upstream_invalid"))
+        self.assert_error(answer, 502, "upstream_invalid")
 
 
 class BrokenConnections(ServerCase):
@@ -1491,15 +1644,20 @@ class BrokenConnections(ServerCase):
     async def test_broken_chunks_in_mid_answer(self) -> None:
         """Broken chunked encoding after an event is a truncation."""
 
+        go_on = asyncio.Event()
+
         async def script(call: Call) -> None:
             await call.send_head()
             await call.send(SAID)
+            await go_on.wait()
             await call.send_raw(b"no chunk size\r\n")
             await hangs(call)
 
         async with serving(script) as server:
-            answer = await self.ask(server.url)
-            self.assertEqual((answer.status, answer.error["code"]), (200, "stream_truncated"))
+            async with self.asking(server.url) as response:
+                self.assertEqual(await response.content.readuntil(b"\n\n"), SAID)
+                go_on.set()
+                self.assertIn(b"stream_truncated", await response.read())
             await self.assert_outcomes(server.url, truncated=1)
 
     async def test_broken_chunks_before_an_event(self) -> None:
@@ -1534,7 +1692,7 @@ class BrokenConnections(ServerCase):
         """A connection that breaks after an event is a truncation."""
         async with serving(sends(SAID, then=breaks_off)) as server:
             answer = await self.ask(server.url)
-            self.assertEqual((answer.status, answer.error["code"]), (200, "stream_truncated"))
+            self.assert_error(answer, 200, "stream_truncated")
             await self.assert_outcomes(server.url, truncated=1)
 
     async def test_a_break_after_the_last_word(self) -> None:
@@ -1553,14 +1711,19 @@ class KindOfBody(ServerCase):
                 go_on = asyncio.Event()
 
                 async def script(
-                    call: Call, content_type: str = content_type, go_on: asyncio.Event = go_on
+                    call: Call,
+                    content_type: str = content_type,
+                    go_on: asyncio.Event = go_on,
                 ) -> None:
                     await call.send_head(content_type=content_type)
                     await call.send(SAID)
                     await go_on.wait()
                     await call.send(FINISH + DONE)
 
-                async with serving(script) as server, self.asking(server.url) as response:
+                async with (
+                    serving(script) as server,
+                    self.asking(server.url) as response,
+                ):
                     self.assertEqual(await response.content.readuntil(b"\n\n"), SAID)
                     go_on.set()
                     self.assertEqual(await response.read(), FINISH + DONE)
@@ -1580,20 +1743,22 @@ class KindOfBody(ServerCase):
         """A page is a failure of the upstream, whatever its `Content-Type`."""
         for content_type in (JSON, EVENT_STREAM, "text/html"):
             with self.subTest(content_type):
-                answer = await self.answer_to(sends(b"\n<html>", content_type=content_type))
-                self.assertEqual((answer.status, answer.error["code"]), (502, "upstream_error"))
+                answer = await self.answer_to(
+                    sends(b"\n<html>", content_type=content_type)
+                )
+                self.assert_error(answer, 502, "upstream_error")
 
     async def test_a_cut_document(self) -> None:
         """A document whose connection breaks is truncated."""
         script = sends(b'{"choices":[{"mess', content_type=JSON, then=breaks_off)
         answer = await self.answer_to(script)
-        self.assertEqual((answer.status, answer.error["code"]), (502, "stream_truncated"))
+        self.assert_error(answer, 502, "stream_truncated")
 
     async def test_a_long_document(self) -> None:
         """A document is no longer than an event may be."""
         script = sends(b'{"choices":["' + b"x" * 20_000, content_type=JSON, then=hangs)
         answer = await self.answer_to(script, max_event_bytes=10_000)
-        self.assertEqual((answer.status, answer.error["code"]), (502, "event_too_large"))
+        self.assert_error(answer, 502, "event_too_large")
 
     async def test_a_document_that_is_no_answer(self) -> None:
         """A document that is neither an answer nor an error is never told as complete."""
@@ -1617,7 +1782,9 @@ class Transcripts(ServerCase):
                     status = int(head[9:12] or 502)
                     found = re.search(rb"(?im)^content-type: ([^\r\n]+)", head)
                     content_type = found[1].decode() if found else ""
-                    server.upstream.script = sends(body, status=status, content_type=content_type)
+                    server.upstream.script = sends(
+                        body, status=status, content_type=content_type
+                    )
                     answer = await self.ask(server.url)
                     if status == 200:
                         self.check_good_status(answer, body)
@@ -1644,14 +1811,18 @@ class Transcripts(ServerCase):
             self.assertTrue(answer.error["code"])
 
 
-# ---- The request to the upstream ---------------------------------------------------------
+# ---- The request to the upstream ---------------------------------------------
 
 
 class UpstreamRequest(ServerCase):
     """What the upstream is asked, and with which headers."""
 
     async def call_for(
-        self, body: bytes | Json = HELLO, *, headers: Headers | None = None, **settings: Any
+        self,
+        body: bytes | Json = HELLO,
+        *,
+        headers: Headers | None = None,
+        **settings: Any,
     ) -> Call:
         """The request that the upstream gets for this one."""
         async with serving(**settings) as server:
@@ -1669,7 +1840,9 @@ class UpstreamRequest(ServerCase):
         async with scripted_upstream(SAYS_HI) as upstream:
             async with serving(base_url=upstream.url + "/") as server:
                 await self.ask(server.url)
-        self.assertEqual(upstream.calls[0].request_line, "POST /v1/chat/completions HTTP/1.1")
+        self.assertEqual(
+            upstream.calls[0].request_line, "POST /v1/chat/completions HTTP/1.1"
+        )
 
     async def test_headers(self) -> None:
         """It asks for an uncompressed stream, or JSON, with the key."""
@@ -1706,7 +1879,12 @@ class UpstreamRequest(ServerCase):
 
     async def test_no_header_of_the_client(self) -> None:
         """No header of the client is passed on."""
-        sent = {"Cookie": "a=b", "X-Custom": "mine", "User-Agent": "mine", "OpenAI-Project": "mine"}
+        sent = {
+            "Cookie": "a=b",
+            "X-Custom": "mine",
+            "User-Agent": "mine",
+            "OpenAI-Project": "mine",
+        }
         call = await self.call_for(headers=sent)
         self.assertNotIn("mine", call.headers.values())
         self.assertNotIn("cookie", call.headers)
@@ -1729,7 +1907,11 @@ class UpstreamRequest(ServerCase):
             path.write_text("default login me password secret\n")
             path.chmod(0o600)
             async with scripted_upstream(SAYS_HI) as upstream:
-                environ = {"HOME": folder, "NETRC": str(path), "OPENAI_BASE_URL": upstream.url}
+                environ = {
+                    "HOME": folder,
+                    "NETRC": str(path),
+                    "OPENAI_BASE_URL": upstream.url,
+                }
                 async with running_program(**environ) as program:
                     self.assertTrue((await self.ask(program.url)).is_complete)
         self.assertNotIn("authorization", upstream.calls[0].headers)
@@ -1737,7 +1919,9 @@ class UpstreamRequest(ServerCase):
     async def test_redirects_are_not_followed(self) -> None:
         """A redirect is not followed: the key would travel along."""
         async with scripted_upstream(SAYS_HI) as elsewhere:
-            script = responds(307, b"", {"Location": elsewhere.url + "/chat/completions"})
+            script = responds(
+                307, b"", {"Location": elsewhere.url + "/chat/completions"}
+            )
             answer = await self.answer_to(script, api_key="sk-1")
             self.assertEqual(answer.status, 502)
             self.assertEqual(elsewhere.connections, [])
@@ -1767,7 +1951,9 @@ class UpstreamRequest(ServerCase):
     async def test_a_second_model_does_not_slip_past(self) -> None:
         """What is sent on is what was checked, so that a repeated key changes nothing."""
         for stream in ("true", "null"):
-            text = '{"model":"gpt-9","model":"m","stream":%s,"messages":[{"role":"user"}]}'
+            text = (
+                '{"model":"gpt-9","model":"m","stream":%s,"messages":[{"role":"user"}]}'
+            )
             call = await self.call_for((text % stream).encode())
             self.assertNotIn(b"gpt-9", call.body)
 
@@ -1788,7 +1974,10 @@ class UpstreamRequest(ServerCase):
 
     async def test_many_streams_at_once(self) -> None:
         """The 101st stream does not wait for one of the first hundred."""
-        async with serving(sends(SAID, then=hangs)) as server, AsyncExitStack() as running:
+        async with (
+            serving(sends(SAID, then=hangs)) as server,
+            AsyncExitStack() as running,
+        ):
             for _ in range(101):
                 response = await running.enter_async_context(self.asking(server.url))
                 self.assertEqual(await response.content.readuntil(b"\n\n"), SAID)
@@ -1810,8 +1999,15 @@ class Proxies(ServerCase):
 
     async def test_loopback_needs_no_proxy(self) -> None:
         """An upstream on this machine is never asked through a proxy."""
-        async with scripted_upstream(SAYS_HI) as upstream, scripted_upstream(SAYS_HI) as proxy:
-            environ = {"http_proxy": proxy.url, "no_proxy": "", "OPENAI_BASE_URL": upstream.url}
+        async with (
+            scripted_upstream(SAYS_HI) as upstream,
+            scripted_upstream(SAYS_HI) as proxy,
+        ):
+            environ = {
+                "http_proxy": proxy.url,
+                "no_proxy": "",
+                "OPENAI_BASE_URL": upstream.url,
+            }
             async with running_program(**environ) as program:
                 self.assertTrue((await self.ask(program.url)).is_complete)
         self.assertEqual(proxy.connections, [])
@@ -1829,10 +2025,14 @@ class Proxies(ServerCase):
     async def test_a_proxy_that_refuses(self) -> None:
         """A proxy's refusal is told as unreachable, and its password appears nowhere."""
         for base_url in (self.elsewhere, "https://gpu.example/v1"):
-            async with scripted_upstream(responds(407, {"error": "Who are you?"})) as proxy:
+            async with scripted_upstream(
+                responds(407, {"error": "Who are you?"})
+            ) as proxy:
                 with_password = proxy.url.replace("//", "//me:pass-word-1@")
                 environ = {"http_proxy": with_password, "https_proxy": with_password}
-                async with running_program(OPENAI_BASE_URL=base_url, **environ) as program:
+                async with running_program(
+                    OPENAI_BASE_URL=base_url, **environ
+                ) as program:
                     answer = await self.ask(program.url)
                     exited = await program.stop()
             with self.subTest(base_url):
@@ -1847,13 +2047,15 @@ class Proxies(ServerCase):
             "http://a%3Ab:pass-word-1@p.example",
         ):
             with self.subTest(proxy):
-                exited = await failed_start(OPENAI_BASE_URL=self.elsewhere, http_proxy=proxy)
+                exited = await failed_start(
+                    OPENAI_BASE_URL=self.elsewhere, http_proxy=proxy
+                )
                 self.assertEqual(exited.status, 2)
                 self.assertIn("proxy", exited.stderr)
                 self.assertNotIn("pass-word-1", exited.stderr)
 
 
-# ---- Whole answers -----------------------------------------------------------------------
+# ---- Whole answers -----------------------------------------------------------
 
 COMPLETIONS = "/v1/chat/completions"
 
@@ -1868,12 +2070,16 @@ class WholeAnswers(ServerCase):
                 with self.subTest(body):
                     answer = await self.ask(server.url, body, path=COMPLETIONS)
                     self.assertEqual((answer.status, answer.json), (200, WHOLE_ANSWER))
-                    self.assertEqual(answer.headers["Content-Type"].partition(";")[0], JSON)
+                    self.assertEqual(
+                        answer.headers["Content-Type"].partition(";")[0], JSON
+                    )
 
     async def test_what_the_upstream_is_asked(self) -> None:
         """The request is sent on as it is, but for the default model."""
         async with serving(responds(200, WHOLE_ANSWER)) as server:
-            await self.ask(server.url, HELLO | {"stream": False, "n": 1}, path=COMPLETIONS)
+            await self.ask(
+                server.url, HELLO | {"stream": False, "n": 1}, path=COMPLETIONS
+            )
             call = await server.upstream.next_call()
             self.assertEqual(call.json, HELLO | {"stream": False, "n": 1, "model": "m"})
 
@@ -1887,29 +2093,40 @@ class WholeAnswers(ServerCase):
     async def test_models_are_checked(self) -> None:
         """A model that is not allowed is refused, here too."""
         async with serving(responds(200, WHOLE_ANSWER)) as server:
-            answer = await self.ask(server.url, HELLO | {"model": "gpt-9"}, path=COMPLETIONS)
-            self.assertEqual((answer.status, answer.error["code"]), (404, "model_not_found"))
+            answer = await self.ask(
+                server.url, HELLO | {"model": "gpt-9"}, path=COMPLETIONS
+            )
+            self.assert_error(answer, 404, "model_not_found")
             self.assertEqual(server.upstream.calls, [])
 
     async def test_a_streamed_answer(self) -> None:
         """With `stream: true` the answer is streamed."""
         async with serving() as server:
-            answer = await self.ask(server.url, HELLO | {"stream": True}, path=COMPLETIONS)
+            answer = await self.ask(
+                server.url, HELLO | {"stream": True}, path=COMPLETIONS
+            )
             self.assertTrue(answer.is_complete)
 
     async def test_the_page_route_only_streams(self) -> None:
         """On /stream, `stream: false` is refused."""
         async with serving() as server:
             answer = await self.ask(server.url, HELLO | {"stream": False})
-            self.assertEqual((answer.status, answer.error["code"]), (400, "stream_required"))
+            self.assert_error(answer, 400, "stream_required")
 
     async def test_faults(self) -> None:
         """What is no JSON object, too long, broken off or an error is told as such."""
         too_long = json.dumps({"choices": ["x" * 20_000]}).encode()
         expected = {
-            "upstream_invalid": [b"[1]", b"Hi", b'"Hi"', b"null", b'{"choices":[NaN]}', b'{"a'],
+            "upstream_invalid": [
+                b"[1]",
+                b"Hi",
+                b'"Hi"',
+                b"null",
+                b'{"choices":[NaN]}',
+                b"<html>",
+            ],
             "event_too_large": [too_long],
-            "upstream_error": [b'{"error":{"message":"Ouch"}}', b"<html>"],
+            "upstream_error": [b'{"error":{"message":"Ouch"}}'],
         }
         async with serving(max_event_bytes=10_000) as server:
             for code, bodies in expected.items():
@@ -1917,20 +2134,22 @@ class WholeAnswers(ServerCase):
                     with self.subTest(body[:30]):
                         server.upstream.script = responds(200, body)
                         answer = await self.ask(server.url, path=COMPLETIONS)
-                        self.assertEqual((answer.status, answer.error["code"]), (502, code))
+                        self.assert_error(answer, 502, code)
 
     async def test_a_break(self) -> None:
         """A connection that breaks in the middle is a truncation."""
         script = sends(b'{"choices":', content_type=JSON, then=breaks_off)
         async with serving(script) as server:
             answer = await self.ask(server.url, path=COMPLETIONS)
-            self.assertEqual((answer.status, answer.error["code"]), (502, "stream_truncated"))
+            self.assert_error(answer, 502, "stream_truncated")
             await self.assert_outcomes(server.url, truncated=1)
 
     async def test_a_compressed_answer(self) -> None:
         """A compressed answer is refused, here too."""
         document = gzip.compress(json.dumps(WHOLE_ANSWER).encode())
-        async with serving(responds(200, document, {"Content-Encoding": "gzip"})) as server:
+        async with serving(
+            responds(200, document, {"Content-Encoding": "gzip"})
+        ) as server:
             answer = await self.ask(server.url, path=COMPLETIONS)
             self.assertEqual(answer.error["code"], "upstream_invalid")
 
@@ -1938,14 +2157,14 @@ class WholeAnswers(ServerCase):
         """The upstream's 4xx is passed on."""
         async with serving(responds(429, BUSY, {"Retry-After": "7"})) as server:
             answer = await self.ask(server.url, path=COMPLETIONS)
-            self.assertEqual((answer.status, answer.error["code"]), (429, "busy"))
+            self.assert_error(answer, 429, "busy")
             self.assert_headers(answer, {"Retry-After": "7"})
 
     async def test_silence(self) -> None:
         """An upstream that does not answer within the idle limit has timed out."""
         async with serving(says_nothing, idle_seconds=0.2) as server:
             answer = await self.ask(server.url, path=COMPLETIONS)
-            self.assertEqual((answer.status, answer.error["code"]), (504, "upstream_timeout"))
+            self.assert_error(answer, 504, "upstream_timeout")
             await self.assert_outcomes(server.url, timeout=1)
 
     async def test_no_heartbeats(self) -> None:
@@ -1963,10 +2182,12 @@ class WholeAnswers(ServerCase):
             await self.ask(server.url, path=COMPLETIONS)
             await self.assert_outcomes(server.url, completed=1)
             metrics = await self.metrics(server.url)
-            self.assertEqual(metrics["gen_ai_client_operation_duration_seconds_count"], 1)
+            self.assertEqual(
+                metrics["gen_ai_client_operation_duration_seconds_count"], 1
+            )
 
 
-# ---- The list of models ------------------------------------------------------------------
+# ---- The list of models ------------------------------------------------------
 
 
 class Models(ServerCase):
@@ -2018,7 +2239,14 @@ class Models(ServerCase):
     async def test_no_list(self) -> None:
         """What is no list is no fault of ours."""
         async with serving(model="*") as server:
-            for body in (b'{"data":null}', b"7", b"[", b"<html>", b'{"error":"x"}', b"\xff"):
+            for body in (
+                b'{"data":null}',
+                b"7",
+                b"[",
+                b"<html>",
+                b'{"error":"x"}',
+                b"\xff",
+            ):
                 with self.subTest(body):
                     server.upstream.script = responds(200, body)
                     answer = await self.get(server.url + "/v1/models")
@@ -2028,14 +2256,16 @@ class Models(ServerCase):
         """A 401 of the upstream is told as for a stream."""
         async with serving(responds(401, BUSY), model="*") as server:
             answer = await self.get(server.url + "/v1/models")
-            self.assertEqual((answer.status, answer.error["code"]), (502, "upstream_auth"))
+            self.assert_error(answer, 502, "upstream_auth")
 
     async def test_silence(self) -> None:
         """An upstream that sends no list has timed out."""
         for script in (says_nothing, sends(b'{"data":', content_type=JSON, then=hangs)):
-            async with serving(script, model="*", connect_seconds=0.2, idle_seconds=0.2) as server:
+            async with serving(
+                script, model="*", connect_seconds=0.2, idle_seconds=0.2
+            ) as server:
                 answer = await self.get(server.url + "/v1/models")
-                self.assertEqual((answer.status, answer.error["code"]), (504, "upstream_timeout"))
+                self.assert_error(answer, 504, "upstream_timeout")
 
     async def test_choosing_any_model(self) -> None:
         """With `*` any model may be asked for."""
@@ -2055,12 +2285,12 @@ class Models(ServerCase):
         async with serving(model="*") as server:
             for body in (HELLO, HELLO | {"model": "*"}):
                 answer = await self.ask(server.url, body)
-                self.assertEqual((answer.status, answer.error["code"]), (400, "invalid_request"))
+                self.assert_error(answer, 400, "invalid_request")
                 self.assertIn("GET /v1/models lists them", answer.error["message"])
             self.assertEqual(server.upstream.calls, [])
 
 
-# ---- Money: the client leaves, and nothing is paid twice ---------------------------------
+# ---- Money: the client leaves, and nothing is paid twice ---------------------
 
 
 async def floods(call: Call) -> None:
@@ -2080,7 +2310,12 @@ class ClientLeaves(ServerCase):
     """When the client leaves, the upstream request is torn down: abandoned tokens cost money."""
 
     async def leave(
-        self, url: str, upstream: ScriptedUpstream, *, after: bytes, request: bytes = b""
+        self,
+        url: str,
+        upstream: ScriptedUpstream,
+        *,
+        after: bytes,
+        request: bytes = b"",
     ) -> None:
         """Asks, waits for these bytes, leaves, and waits until the upstream has been let go."""
         tls = CLIENT_TLS if url.startswith("https") else None
@@ -2121,10 +2356,15 @@ class ClientLeaves(ServerCase):
     async def test_during_a_whole_answer(self) -> None:
         """The upstream is let go when nobody waits for a whole answer any more."""
         line = "POST /v1/chat/completions HTTP/1.1"
-        for script in (says_nothing, sends(b'{"choices":', content_type=JSON, then=hangs)):
+        for script in (
+            says_nothing,
+            sends(b'{"choices":', content_type=JSON, then=hangs),
+        ):
             async with serving(script) as server:
                 request = http_request(HELLO, line=line)
-                await self.leave(server.url, server.upstream, after=b"", request=request)
+                await self.leave(
+                    server.url, server.upstream, after=b"", request=request
+                )
 
     async def test_during_the_upload(self) -> None:
         """A client that leaves before its body is here costs nothing."""
@@ -2154,7 +2394,9 @@ class ClientLeaves(ServerCase):
             ):
                 async with scripted_upstream(script, own.upstream_tls) as upstream:
                     environ = own.served | own.trusted
-                    async with running_program(OPENAI_BASE_URL=upstream.url, **environ) as program:
+                    async with running_program(
+                        OPENAI_BASE_URL=upstream.url, **environ
+                    ) as program:
                         await self.leave(program.url, upstream, after=mark)
 
 
@@ -2202,7 +2444,11 @@ class NoSecondPayment(ServerCase):
 
     async def test_a_failed_request_is_not_repeated(self) -> None:
         """We ask once, whatever happens to the connection."""
-        for script in (breaks_off, sends_raw(b"HTTP/1.1 200", then=breaks_off), responds(500, b"")):
+        for script in (
+            breaks_off,
+            sends_raw(b"HTTP/1.1 200", then=breaks_off),
+            responds(500, b""),
+        ):
             async with serving(script) as server:
                 self.assertEqual((await self.ask(server.url)).status, 502)
                 self.assertEqual(len(server.upstream.calls), 1)
@@ -2216,12 +2462,21 @@ class NoSecondPayment(ServerCase):
             self.assertEqual(len(server.upstream.calls), 2)
 
 
-# ---- Limits of time ----------------------------------------------------------------------
+# ---- Limits of time ----------------------------------------------------------
 
 
-def pings(*, count: int, pause: float, ping: bytes, then: Script) -> Script:
-    """A script that sends the same sign of life again and again."""
-    return sends(*[ping] * count, pause=pause, then=then)
+def pings(ping: bytes, *, then: Script, seconds: float = 60) -> Script:
+    """A script that sends the same sign of life again and again, for so long."""
+
+    async def script(call: Call) -> None:
+        started = time.monotonic()
+        await call.send_head()
+        while time.monotonic() < started + seconds:
+            await call.send(ping)
+            await asyncio.sleep(0.02)
+        await then(call)
+
+    return script
 
 
 class TimeLimits(ServerCase):
@@ -2231,75 +2486,84 @@ class TimeLimits(ServerCase):
         """An upstream that says nothing within the idle limit has timed out: 504."""
         async with serving(says_nothing, idle_seconds=0.2) as server:
             answer = await self.ask(server.url)
-            self.assertEqual((answer.status, answer.error["code"]), (504, "upstream_timeout"))
+            self.assert_error(answer, 504, "upstream_timeout")
             await self.assert_outcomes(server.url, timeout=1)
 
     async def test_silence_in_mid_answer(self) -> None:
         """Silence after an event is told in-band, and the upstream is let go."""
         async with serving(sends(SAID, then=hangs), idle_seconds=0.2) as server:
             answer = await self.ask(server.url)
-            self.assertEqual((answer.status, answer.error["code"]), (200, "upstream_timeout"))
+            self.assert_error(answer, 200, "upstream_timeout")
             call = await server.upstream.next_call()
             await within_patience(call.gone.wait())
 
     async def test_comments_are_no_life(self) -> None:
         """Comments do not count against the idle limit."""
-        script = pings(count=1000, pause=0.02, ping=b": ping\n\n", then=hangs)
+        script = pings(b": ping\n\n", then=hangs)
         answer = await self.answer_to(script, idle_seconds=0.3)
-        self.assertEqual((answer.status, answer.error["code"]), (504, "upstream_timeout"))
+        self.assert_error(answer, 504, "upstream_timeout")
 
     async def test_dropped_events_are_life(self) -> None:
         """Events that are not forwarded do count."""
-        for ping in (event(b"null"), event(b"{}")):
-            with self.subTest(ping):
-                script = pings(count=30, pause=0.05, ping=ping, then=sends_rest)
-                answer = await self.answer_to(script, idle_seconds=1)
-                self.assertTrue(answer.is_complete)
+        scripts = [
+            pings(event(b"null"), seconds=3, then=sends_rest),
+            pings(event(b"{}"), seconds=3, then=sends_rest),
+        ]
+        asked = [self.answer_to(script, idle_seconds=2) for script in scripts]
+        for answer in await asyncio.gather(*asked):
+            self.assertTrue(answer.is_complete, answer.body)
 
     async def test_long_answers_live(self) -> None:
         """As long as events come, no limit ends an answer."""
-        script = pings(count=30, pause=0.05, ping=SAID, then=sends_rest)
-        answer = await self.answer_to(script, idle_seconds=1, write_seconds=1)
-        self.assertTrue(answer.is_complete)
+        script = pings(SAID, seconds=3, then=sends_rest)
+        answer = await self.answer_to(script, idle_seconds=2, write_seconds=2)
+        self.assertTrue(answer.is_complete, answer.body)
 
     async def test_five_seconds_after_the_last_word(self) -> None:
         """Five seconds of silence after every `finish_reason` complete an answer."""
         ping = b": ping\n\n"
         silent = sends(SAID, FINISH, then=hangs)
         commenting = sends(SAID, FINISH, *[ping] * 1000, pause=0.05, then=hangs)
-        for answer in await asyncio.gather(self.answer_to(silent), self.answer_to(commenting)):
+        for answer in await asyncio.gather(
+            self.answer_to(silent), self.answer_to(commenting)
+        ):
             self.assertTrue(answer.is_complete)
 
     async def test_heartbeats(self) -> None:
         """A silent stream gets a comment each interval; its status is 200 from then on."""
-        answer = await self.answer_to(says_nothing, heartbeat_seconds=0.2, idle_seconds=0.9)
-        self.assertEqual((answer.status, answer.error["code"]), (200, "upstream_timeout"))
-        self.assertIn(answer.body.count(KEEP_ALIVE), range(1, 6))
+        answer = await self.answer_to(
+            says_nothing, heartbeat_seconds=0.3, idle_seconds=2
+        )
+        self.assert_error(answer, 200, "upstream_timeout")
+        self.assertIn(answer.body.count(KEEP_ALIVE), range(1, 7))
 
     async def test_heartbeats_while_the_upstream_pings(self) -> None:
         """Events that are not forwarded do not replace our heartbeats."""
-        script = pings(count=1000, pause=0.02, ping=event(b"{}"), then=hangs)
+        script = pings(event(b"{}"), then=hangs)
         async with serving(script, heartbeat_seconds=0.2) as server:
             async with self.asking(server.url) as response:
                 self.assertEqual(await response.content.readuntil(b"\n\n"), KEEP_ALIVE)
 
     async def test_no_heartbeats_while_events_flow(self) -> None:
         """An answer that flows needs no heartbeat."""
-        script = pings(count=30, pause=0.02, ping=SAID, then=sends_rest)
-        answer = await self.answer_to(script, heartbeat_seconds=1)
+        script = pings(SAID, seconds=3, then=sends_rest)
+        answer = await self.answer_to(script, heartbeat_seconds=2)
         self.assertNotIn(KEEP_ALIVE, answer.body)
 
     async def test_an_error_status_beats_the_heartbeat(self) -> None:
         """Once the upstream's error status is here, its body is awaited for two seconds at most,
         and no heartbeat commits 200 meanwhile."""
         head = b"HTTP/1.1 429 X\r\nRetry-After: 7\r\nContent-Length: 9\r\n\r\n{"
-        answer = await self.answer_to(sends_raw(head), heartbeat_seconds=0.1, idle_seconds=0.5)
-        self.assertEqual((answer.status, answer.error["code"]), (429, "upstream_rejected"))
+        answer = await self.answer_to(sends_raw(head), heartbeat_seconds=0.1)
+        self.assert_error(answer, 429, "upstream_rejected")
         self.assert_headers(answer, {"Retry-After": "7"})
 
     async def test_a_late_body(self) -> None:
         """A request body that does not arrive within the write limit is refused: 408."""
-        async with serving(write_seconds=0.2) as server, connected(server.url) as client:
+        async with (
+            serving(write_seconds=0.2) as server,
+            connected(server.url) as client,
+        ):
             client.send(http_request(HELLO)[:-5])
             answer = await client.read_until(b"request_timeout")
             self.assertIn(b"HTTP/1.1 408 ", answer)
@@ -2307,7 +2571,10 @@ class TimeLimits(ServerCase):
 
     async def test_a_slow_upload_gets_an_honest_status(self) -> None:
         """No heartbeat is sent before the request's body is here."""
-        async with serving(heartbeat_seconds=0.05) as server, connected(server.url) as client:
+        async with (
+            serving(heartbeat_seconds=0.05) as server,
+            connected(server.url) as client,
+        ):
             request = http_request(b"no JSON at all")
             client.send(request[:-5])
             await asyncio.sleep(0.4)
@@ -2330,7 +2597,10 @@ class TimeLimits(ServerCase):
         self.log.expected = "this stream is broken"
         script = sends(SAID, then=hangs)
         async with serving(script, heartbeat_seconds=0.2) as server:
-            async with self.asking(server.url) as sound, connected(server.url) as victim:
+            async with (
+                self.asking(server.url) as sound,
+                connected(server.url) as victim,
+            ):
                 victim.send(http_request(HELLO))
                 await victim.read_until(SAID)
                 with broken_write_buffer(victim):
@@ -2341,7 +2611,9 @@ class TimeLimits(ServerCase):
                 await self.assert_outcomes(server.url, failed=1)
         self.assertIn("this stream is broken", "\n".join(self.log.tracebacks))
 
-    @unittest.skipUnless(os.environ.get("CHATSTREAM_TEST_SLOW"), "takes more than a minute")
+    @unittest.skipUnless(
+        os.environ.get("CHATSTREAM_TEST_SLOW"), "takes more than a minute"
+    )
     async def test_idle_connections(self) -> None:
         """An idle connection, or half a head, is closed after about a minute."""
         async with (
@@ -2387,7 +2659,10 @@ class BackPressure(ServerCase):
 
     async def test_a_slow_client_slows_the_upstream(self) -> None:
         """What the client does not take, the upstream cannot send: memory is bounded."""
-        async with serving(floods) as server, connected(server.url, receive_buffer=4096) as client:
+        async with (
+            serving(floods) as server,
+            connected(server.url, receive_buffer=4096) as client,
+        ):
             client.send(http_request(HELLO))
             call = await server.upstream.next_call()
             sent = -1
@@ -2418,20 +2693,25 @@ class BackPressure(ServerCase):
     async def test_a_steady_slow_client(self) -> None:
         """A client that takes 60,000 bytes within each write limit, a little at a time, is not
         cut: that is 2,000 bytes a second at the default limit."""
-        write_seconds = 1.5
+        write_seconds = 2.0
+        bytes_per_second = 60_000 / write_seconds
         async with serving(floods, write_seconds=write_seconds) as server:
-            async with connected(server.url) as client:
+            async with connected(server.url, receive_buffer=8192) as client:
                 client.send(http_request(HELLO))
-                for _ in range(80):
-                    await within_patience(client.reader.readexactly(3000))
-                    await asyncio.sleep(write_seconds / 20)
+                await client.read_until(b"200 OK")
+                started = time.monotonic()
+                taken = 0
+                while (seconds := time.monotonic() - started) < 3.5 * write_seconds:
+                    due = int(bytes_per_second * seconds) - taken
+                    taken += len(await within_patience(client.reader.readexactly(due)))
+                    await asyncio.sleep(0.1)
                 self.assertEqual(await self.outcomes(server.url), {})
 
     async def test_completed_means_taken(self) -> None:
         """A stream runs until its client has taken the last bytes; then it is completed."""
         script = sends(text("x" * 4_000_000), FINISH, DONE)
         async with serving(script, max_event_bytes=2**24) as server:
-            async with connected(server.url, receive_buffer=4096) as client:
+            async with connected(server.url, receive_buffer=2**16) as client:
                 client.send(http_request(HELLO))
                 await client.read_until(b"200 OK")
                 await asyncio.sleep(0.5)
@@ -2445,7 +2725,7 @@ class BackPressure(ServerCase):
         """A client that leaves before it has the last bytes is gone, not served."""
         script = sends(text("x" * 4_000_000), FINISH, DONE)
         async with serving(script, max_event_bytes=2**24) as server:
-            async with connected(server.url, receive_buffer=4096) as client:
+            async with connected(server.url, receive_buffer=2**16) as client:
                 client.send(http_request(HELLO))
                 await client.read_until(b"200 OK")
                 await asyncio.sleep(0.2)
@@ -2455,8 +2735,10 @@ class BackPressure(ServerCase):
     async def test_nothing_follows_the_last_byte(self) -> None:
         """While a client takes its time with the last bytes, no heartbeat follows them."""
         script = sends(text("x" * 4_000_000), FINISH, DONE)
-        async with serving(script, max_event_bytes=2**24, heartbeat_seconds=0.1) as server:
-            async with connected(server.url, receive_buffer=4096) as client:
+        async with serving(
+            script, max_event_bytes=2**24, heartbeat_seconds=0.1
+        ) as server:
+            async with connected(server.url, receive_buffer=2**16) as client:
                 client.send(http_request(HELLO, headers={"Connection": "close"}))
                 await client.read_until(b"200 OK")
                 await asyncio.sleep(0.5)
@@ -2473,7 +2755,7 @@ class BackPressure(ServerCase):
     async def test_a_stalled_client_of_the_page(self) -> None:
         """A client that takes nothing of any answer is closed after the write limit."""
         async with serving(write_seconds=0.3) as server:
-            async with connected(server.url, receive_buffer=4096) as client:
+            async with connected(server.url, receive_buffer=2**16) as client:
                 client.send(http_request(line="GET / HTTP/1.1") * 300)
 
                 def is_cut() -> bool:
@@ -2484,7 +2766,7 @@ class BackPressure(ServerCase):
                 await eventually(is_cut)
 
 
-# ---- Who gets in -------------------------------------------------------------------------
+# ---- Who gets in -------------------------------------------------------------
 
 
 @dataclass
@@ -2537,17 +2819,30 @@ ORIGINS = [
     Visitor(CHAT, site("same-origin"), 400, "invalid_json"),
     Visitor(CHAT, site("none"), 400, "invalid_json"),
     Visitor(CHAT, {"Sec-Fetch-Mode": "cors"}, 400, "invalid_json"),
-    Visitor(CHAT, name(LOCAL) | {"Origin": "http://localhost:8080"}, 400, "invalid_json"),
+    Visitor(
+        CHAT, name(LOCAL) | {"Origin": "http://localhost:8080"}, 400, "invalid_json"
+    ),
     Visitor(CHAT, name("[::1]:8") | {"Origin": "http://[::1]:8"}, 400, "invalid_json"),
     Visitor(CHAT, site("same-site"), 403, "forbidden_origin"),
     Visitor(CHAT, site("cross-site"), 403, "forbidden_origin"),
     Visitor(CHAT, site(""), 403, "forbidden_origin"),
     Visitor(CHAT_API, site("cross-site"), 403, "forbidden_origin"),
     Visitor(CHAT, {"Origin": "null"}, 403, "forbidden_origin"),
-    Visitor(CHAT, name(LOCAL) | {"Origin": "http://localhost:1"}, 403, "forbidden_origin"),
-    Visitor(CHAT, name(LOCAL) | {"Origin": "http://localhost"}, 403, "forbidden_origin"),
-    Visitor(CHAT, name(LOCAL) | {"Origin": "http://evil-localhost:8080"}, 403, "forbidden_origin"),
-    Visitor(CHAT, name(LOCAL) | {"Origin": "http://evil.example"}, 403, "forbidden_origin"),
+    Visitor(
+        CHAT, name(LOCAL) | {"Origin": "http://localhost:1"}, 403, "forbidden_origin"
+    ),
+    Visitor(
+        CHAT, name(LOCAL) | {"Origin": "http://localhost"}, 403, "forbidden_origin"
+    ),
+    Visitor(
+        CHAT,
+        name(LOCAL) | {"Origin": "http://evil-localhost:8080"},
+        403,
+        "forbidden_origin",
+    ),
+    Visitor(
+        CHAT, name(LOCAL) | {"Origin": "http://evil.example"}, 403, "forbidden_origin"
+    ),
 ]
 
 METHODS = [
@@ -2561,7 +2856,9 @@ METHODS = [
     Visitor(CHAT, {"Content-Type": "text/plain"}, 415, "unsupported_media_type"),
     Visitor(CHAT, {"Content-Type": ""}, 415, "unsupported_media_type"),
     Visitor(CHAT, {"Content-Encoding": "gzip"}, 415, "unsupported_media_type"),
-    Visitor(CHAT, {"Content-Type": "application/json; charset=utf-8"}, 400, "invalid_json"),
+    Visitor(
+        CHAT, {"Content-Type": "application/json; charset=utf-8"}, 400, "invalid_json"
+    ),
 ]
 
 
@@ -2587,7 +2884,9 @@ class Access(ServerCase):
         """Bound elsewhere, every host is served, or the allowed ones if there are any."""
         expected = {"": 200, "chat.example": 403}
         for allowed, status in expected.items():
-            async with serving(host="0.0.0.0", token="t", allowed_hosts=allowed) as server:
+            async with serving(
+                host="0.0.0.0", token="t", allowed_hosts=allowed
+            ) as server:
                 url = server.url.replace("0.0.0.0", "127.0.0.1")
                 answer = await self.get(url, headers=name("other.example"))
                 self.assertEqual(answer.status, status)
@@ -2626,7 +2925,14 @@ class Access(ServerCase):
 
     async def test_wrong_tokens(self) -> None:
         """With a token set, a chat or the models without it get 401, and cost nothing."""
-        wrong = ["", "Bearer ", "Bearer no", "t0k-en-123", "Basic t0k-en-123", "Bearer t0k-en-1234"]
+        wrong = [
+            "",
+            "Bearer ",
+            "Bearer no",
+            "t0k-en-123",
+            "Basic t0k-en-123",
+            "Bearer t0k-en-1234",
+        ]
         async with serving(token="t0k-en-123") as server:
             for sent in [*wrong, "Bearer tök", "Bearer t0k-en-12"]:
                 with self.subTest(sent):
@@ -2647,7 +2953,10 @@ class Access(ServerCase):
 
     async def test_bytes_that_are_no_text(self) -> None:
         """A token that is no text is a wrong token."""
-        async with serving(token="t0k-en-123") as server, connected(server.url) as client:
+        async with (
+            serving(token="t0k-en-123") as server,
+            connected(server.url) as client,
+        ):
             client.send(http_request(HELLO, headers={"Authorization": "Bearer \xff"}))
             self.assertIn(b"HTTP/1.1 401 ", await client.read_until(b"}}"))
 
@@ -2656,7 +2965,9 @@ class Access(ServerCase):
         async with serving(token="t0k-en-123") as server:
             for sent in ("Bearer t0k-en-123", "bearer t0k-en-123"):
                 headers = {"Authorization": sent}
-                self.assertTrue((await self.ask(server.url, headers=headers)).is_complete)
+                self.assertTrue(
+                    (await self.ask(server.url, headers=headers)).is_complete
+                )
                 models = await self.get(server.url + "/v1/models", headers=headers)
                 self.assertEqual(models.status, 200)
 
@@ -2667,7 +2978,7 @@ class Access(ServerCase):
                 self.assertEqual((await self.get(server.url + path)).status, 200)
 
 
-# ---- What may be sent --------------------------------------------------------------------
+# ---- What may be sent --------------------------------------------------------
 
 
 @dataclass
@@ -2691,7 +3002,9 @@ BAD_BODIES = [
     BadBody("no JSON", b"{", 400, "invalid_json"),
     BadBody("no UTF-8", messages(b'[{"content":"\xff"}]'), 400, "invalid_json"),
     BadBody("NaN", b'{"messages":%b,"x":NaN}' % USER, 400, "invalid_json"),
-    BadBody("a number without end", b'{"messages":%b,"x":1e999}' % USER, 400, "invalid_json"),
+    BadBody(
+        "a number without end", b'{"messages":%b,"x":1e999}' % USER, 400, "invalid_json"
+    ),
     BadBody("deep nesting", b"[" * 100_000, 400, "invalid_json"),
     BadBody("deep nesting, closed", b"[" * 50_000 + b"]" * 50_000, 400, "invalid_json"),
     BadBody("a list", b"[]", 400, "invalid_request"),
@@ -2699,15 +3012,27 @@ BAD_BODIES = [
     BadBody("no messages", b"{}", 400, "invalid_messages"),
     BadBody("empty messages", messages(b"[]"), 400, "invalid_messages"),
     BadBody("messages are null", messages(b"null"), 400, "invalid_messages"),
-    BadBody("messages are an object", messages(b'{"role":"user"}'), 400, "invalid_messages"),
+    BadBody(
+        "messages are an object", messages(b'{"role":"user"}'), 400, "invalid_messages"
+    ),
     BadBody("a message is a text", messages(b'["hi"]'), 400, "invalid_messages"),
     BadBody(
-        "a model that is a list", b'{"messages":%b,"model":["m"]}' % USER, 400, "invalid_request"
+        "a model that is a list",
+        b'{"messages":%b,"model":["m"]}' % USER,
+        400,
+        "invalid_request",
     ),
-    BadBody("another model", b'{"messages":%b,"model":"n"}' % USER, 404, "model_not_found"),
-    BadBody("no stream", b'{"messages":%b,"stream":false}' % USER, 400, "stream_required"),
     BadBody(
-        "a stream that is a text", b'{"messages":%b,"stream":"yes"}' % USER, 400, "stream_required"
+        "another model", b'{"messages":%b,"model":"n"}' % USER, 404, "model_not_found"
+    ),
+    BadBody(
+        "no stream", b'{"messages":%b,"stream":false}' % USER, 400, "stream_required"
+    ),
+    BadBody(
+        "a stream that is a text",
+        b'{"messages":%b,"stream":"yes"}' % USER,
+        400,
+        "invalid_request",
     ),
 ]
 
@@ -2721,7 +3046,7 @@ class Bodies(ServerCase):
             for bad in BAD_BODIES:
                 with self.subTest(bad.name):
                     answer = await self.ask(server.url, bad.body)
-                    self.assertEqual((answer.status, answer.error["code"]), (bad.status, bad.code))
+                    self.assert_error(answer, bad.status, bad.code)
                     self.assertEqual(answer.error["type"], "invalid_request_error")
             self.assertEqual(server.upstream.calls, [])
             await self.assert_outcomes(server.url, rejected=len(BAD_BODIES))
@@ -2732,13 +3057,38 @@ class Bodies(ServerCase):
         async with serving(max_body_bytes=len(body)) as server:
             self.assertTrue((await self.ask(server.url, body)).is_complete)
             answer = await self.ask(server.url, body + b" ")
-            self.assertEqual((answer.status, answer.error["code"]), (413, "body_too_large"))
+            self.assert_error(answer, 413, "body_too_large")
+
+    async def test_the_longest_body_in_chunks(self) -> None:
+        """The limit is the same for a body in chunks, whose length is not known before."""
+        body = json.dumps(HELLO).encode()
+        head = http_request(headers={"Transfer-Encoding": "chunked"})
+        head = head.replace(b"Content-Length: 0\r\n", b"")
+        expected = {body: b"[DONE]", body + b" ": b"body_too_large"}
+        async with serving(max_body_bytes=len(body)) as server:
+            for sent, answer in expected.items():
+                async with connected(server.url) as client:
+                    client.send(head + b"%x\r\n%b\r\n0\r\n\r\n" % (len(sent), sent))
+                    await client.read_until(answer)
+
+    async def test_a_long_body_is_not_awaited(self) -> None:
+        """A body that is too long by its `Content-Length` is refused before it comes."""
+        async with (
+            serving(max_body_bytes=1000) as server,
+            connected(server.url) as client,
+        ):
+            client.send(http_request(headers={"Content-Length": "1001"}))
+            answer = await client.read_until(b"body_too_large")
+            self.assertIn(b"HTTP/1.1 413 ", answer)
 
     async def test_a_body_without_end(self) -> None:
         """A body in chunks is refused as soon as it exceeds the limit."""
         headers = {"Transfer-Encoding": "chunked"}
         head = http_request(headers=headers).replace(b"Content-Length: 0\r\n", b"")
-        async with serving(max_body_bytes=1000) as server, connected(server.url) as client:
+        async with (
+            serving(max_body_bytes=1000) as server,
+            connected(server.url) as client,
+        ):
             client.send(head + b"400\r\n" + b"x" * 1024 + b"\r\n")
             answer = await client.read_until(b"body_too_large")
             self.assertIn(b"HTTP/1.1 413 ", answer)
@@ -2751,7 +3101,7 @@ class Bodies(ServerCase):
             async with running_program(OPENAI_BASE_URL=upstream.url) as program:
                 async with connected(program.url) as client:
                     client.send(head + b"zz\r\n")
-                    self.assertIn(b"HTTP/1.1 400 ", await client.read_until(b"\r\n"))
+                    self.assertIn(b" 400 ", await client.read_until(b"\r\n"))
                 await program.stop()
 
     async def test_a_compressed_body(self) -> None:
@@ -2786,14 +3136,21 @@ class Bodies(ServerCase):
 
     async def test_http_1_0(self) -> None:
         """An HTTP/1.0 client gets an answer that ends with the connection."""
-        expected = {"POST /stream": 200, "GET /": 200, "GET /nothing": 404, "GET /metrics": 200}
+        expected = {
+            "POST /stream": 200,
+            "GET /": 200,
+            "GET /nothing": 404,
+            "GET /metrics": 200,
+        }
         async with serving() as server:
             for request, status in expected.items():
                 with self.subTest(request):
                     headers = {"Connection": "keep-alive"}
                     async with connected(server.url) as client:
                         client.send(
-                            http_request(HELLO, line=f"{request} HTTP/1.0", headers=headers)
+                            http_request(
+                                HELLO, line=f"{request} HTTP/1.0", headers=headers
+                            )
                         )
                         answer = await client.read_to_end()
                     self.assertIn(b" %d " % status, answer.partition(b"\r\n")[0])
@@ -2819,7 +3176,7 @@ class MaxStreams(ServerCase):
         async with serving(sends(SAID, then=hangs), max_streams=1) as server:
             async with self.asking(server.url):
                 answer = await self.ask(server.url)
-        self.assertEqual((answer.status, answer.error["code"]), (503, "too_many_streams"))
+        self.assert_error(answer, 503, "too_many_streams")
         self.assert_headers(answer, {"Retry-After": "1"})
 
     async def test_whole_answers_count(self) -> None:
@@ -2828,7 +3185,7 @@ class MaxStreams(ServerCase):
             asking = asyncio.create_task(self.ask(server.url, path=COMPLETIONS))
             await server.upstream.next_call()
             answer = await self.ask(server.url)
-            self.assertEqual((answer.status, answer.error["code"]), (503, "too_many_streams"))
+            self.assert_error(answer, 503, "too_many_streams")
             asking.cancel()
             await asyncio.gather(asking, return_exceptions=True)
 
@@ -2861,7 +3218,7 @@ class MaxStreams(ServerCase):
                     self.assertEqual((await self.get(server.url + path)).status, 200)
 
 
-# ---- Headers -----------------------------------------------------------------------------
+# ---- Headers -----------------------------------------------------------------
 
 
 class AnswerHeaders(ServerCase):
@@ -2873,12 +3230,21 @@ class AnswerHeaders(ServerCase):
                 await self.ask(server.url, path=COMPLETIONS),
                 await self.ask(server.url, b"{"),
             ]
-            for path in ("/", "/healthz", "/readyz", "/metrics", "/v1/models", "/nothing"):
+            for path in (
+                "/",
+                "/healthz",
+                "/readyz",
+                "/metrics",
+                "/v1/models",
+                "/nothing",
+            ):
                 answers.append(await self.get(server.url + path))
             for answer in answers:
                 self.assertTrue(answer.headers["X-Request-Id"])
                 self.assert_headers(answer, {"X-Content-Type-Options": "nosniff"})
-                self.assertNotRegex(answer.headers.get("Server", ""), r"\d|aiohttp|Python")
+                self.assertNotRegex(
+                    answer.headers.get("Server", ""), r"\d|aiohttp|Python"
+                )
 
     async def test_streams(self) -> None:
         """A stream says what it is, and that no proxy may hold it back."""
@@ -2904,7 +3270,9 @@ class AnswerHeaders(ServerCase):
         """Any other is replaced by a UUID."""
         async with serving() as server:
             for request_id in ("", "a b", "x" * 129, "<b>", "ä", "١"):
-                answer = await self.get(server.url, headers={"X-Request-Id": request_id})
+                answer = await self.get(
+                    server.url, headers={"X-Request-Id": request_id}
+                )
                 self.assertTrue(uuid.UUID(answer.headers["X-Request-Id"]))
 
     async def test_lists_are_not_stored(self) -> None:
@@ -2972,7 +3340,7 @@ class PageHeaders(ServerCase):
         self.assertNotIn("Strict-Transport-Security", answer.headers)
 
 
-# ---- Metrics -----------------------------------------------------------------------------
+# ---- Metrics -----------------------------------------------------------------
 
 FIRST_CHUNK = "gen_ai_client_operation_time_to_first_chunk_seconds"
 DURATION = "gen_ai_client_operation_duration_seconds"
@@ -3021,11 +3389,13 @@ class Metrics(ServerCase):
 
     async def test_a_comment_is_no_first_token(self) -> None:
         """Neither a comment nor a heartbeat is the first chunk of an answer."""
-        script = pings(count=1000, pause=0.02, ping=b": ping\n\n", then=hangs)
+        script = pings(b": ping\n\n", then=hangs)
         async with serving(script, heartbeat_seconds=0.1, idle_seconds=0.4) as server:
             await self.ask(server.url)
             await self.assert_outcomes(server.url, timeout=1)
-            self.assertEqual((await self.metrics(server.url))[f"{FIRST_CHUNK}_count"], 0)
+            self.assertEqual(
+                (await self.metrics(server.url))[f"{FIRST_CHUNK}_count"], 0
+            )
 
     async def test_events(self) -> None:
         """Each forwarded chunk counts; `[DONE]`, dropped events and heartbeats do not."""
@@ -3033,7 +3403,9 @@ class Metrics(ServerCase):
         async with serving(script) as server:
             await self.ask(server.url)
             await self.assert_outcomes(server.url, completed=1)
-            self.assertEqual((await self.metrics(server.url))["chatstream_events_total"], 3)
+            self.assertEqual(
+                (await self.metrics(server.url))["chatstream_events_total"], 3
+            )
 
     async def test_active_streams(self) -> None:
         """The gauge shows how many streams run."""
@@ -3045,7 +3417,9 @@ class Metrics(ServerCase):
     async def test_max_streams(self) -> None:
         """The gauge shows how many may run."""
         async with serving(max_streams=7) as server:
-            self.assertEqual((await self.metrics(server.url))["chatstream_max_streams"], 7)
+            self.assertEqual(
+                (await self.metrics(server.url))["chatstream_max_streams"], 7
+            )
 
     async def test_each_request_is_counted_once(self) -> None:
         """Every POST to the stream routes has one outcome; nothing else has any."""
@@ -3061,7 +3435,12 @@ class Metrics(ServerCase):
 
     async def test_the_upstreams_faults(self) -> None:
         """What the upstream did wrong is counted as its error, its 4xx too."""
-        scripts = [responds(500, b""), responds(400, BUSY), sends(), sends(SAID, event(BUSY))]
+        scripts = [
+            responds(500, b""),
+            responds(400, BUSY),
+            sends(),
+            sends(SAID, event(BUSY)),
+        ]
         async with serving() as server:
             for script in scripts:
                 server.upstream.script = script
@@ -3076,7 +3455,7 @@ class Metrics(ServerCase):
         self.assertNotIn(b"label-of-a-client", text)
 
 
-# ---- The log -----------------------------------------------------------------------------
+# ---- The log -----------------------------------------------------------------
 
 
 @dataclass
@@ -3091,22 +3470,34 @@ class Reason:
 NO_MEMORY = "model requires more system memory (7.5 GiB) than is available (3.1 GiB)"
 
 REASONS = [
-    Reason("Ollama", responds(500, {"error": {"message": NO_MEMORY}}), ("500", NO_MEMORY)),
+    Reason(
+        "Ollama", responds(500, {"error": {"message": NO_MEMORY}}), ("500", NO_MEMORY)
+    ),
     Reason(
         "llama.cpp",
         responds(503, {"error": {"message": "Loading model"}}),
         ("503", "Loading model"),
     ),
     Reason(
-        "OpenRouter", responds(502, {"error": {"metadata": {"raw": "why"}}}), ("502", "raw", "why")
+        "OpenRouter",
+        responds(502, {"error": {"metadata": {"raw": "why"}}}),
+        ("502", "raw", "why"),
     ),
     Reason("a list of errors", responds(500, {"errors": ["why"]}), ("500", "why")),
-    Reason("MiniMax", responds(500, {"base_resp": {"status_msg": "why"}}), ("500", "why")),
-    Reason("a wrong base URL", responds(404, b"404 page not found"), ("404", "page not found")),
-    Reason("401", responds(401, BUSY), ("401", "Is OPENAI_API_KEY right?", "Overloaded")),
+    Reason(
+        "MiniMax", responds(500, {"base_resp": {"status_msg": "why"}}), ("500", "why")
+    ),
+    Reason(
+        "a wrong base URL",
+        responds(404, b"404 page not found"),
+        ("404", "page not found"),
+    ),
+    Reason("401", responds(401, BUSY), ("401", "OPENAI_API_KEY right?", "Overloaded")),
     Reason("403", responds(403, {"error": {"message": "region"}}), ("403", "region")),
     Reason("an error in the stream", sends(SAID, event(BUSY)), ("200", "Overloaded")),
-    Reason("no JSON in the stream", sends(SAID, event(b"nonsense")), ("200", "nonsense")),
+    Reason(
+        "no JSON in the stream", sends(SAID, event(b"nonsense")), ("200", "nonsense")
+    ),
     Reason("a page", sends(b"<html>Sign in"), ("200", "Sign in")),
     Reason("a break", sends(SAID, then=breaks_off), ("200", "Error")),
     Reason("a reset", breaks_off, ("Error",)),
@@ -3136,7 +3527,7 @@ class Log(ServerCase):
     async def test_the_line_of_a_good_stream(self) -> None:
         """A stream has one line: id, outcome, status, events and times."""
         line = await self.line_for(SAYS_HI, HELLO | {"stream": True})
-        pattern = r"id=my-id outcome=completed status=200 events=2 first=0\.\d+s total=0\.\d+s$"
+        pattern = r"id=my-id outcome=completed status=200 events=2 first=0\.\d+s total=0\.\d+s"
         self.assertRegex(line, pattern)
 
     async def test_reasons(self) -> None:
@@ -3161,14 +3552,20 @@ class Log(ServerCase):
 
     async def test_reasons_stay_on_one_line(self) -> None:
         """Control characters of the upstream are escaped."""
-        line = await self.line_for(responds(500, b"one\r\ntwo \x1b[31mthree\x00 \xc2\x85"))
+        line = await self.line_for(
+            responds(500, b"one\r\ntwo \x1b[31mthree\x00 \xc2\x85")
+        )
         self.assertIn("three", line)
         self.assertTrue(line.isprintable(), repr(line))
 
     async def test_no_secret_in_reasons(self) -> None:
         """Key and token are blotted out where the upstream quotes them."""
         leak = b"sk-secret-1 and token-secret-2 are wrong"
-        for script in (responds(500, leak), responds(400, leak), sends(SAID, event(leak))):
+        for script in (
+            responds(500, leak),
+            responds(400, leak),
+            sends(SAID, event(leak)),
+        ):
             line = await self.line_for(
                 script,
                 HELLO | {"stream": True},
@@ -3181,7 +3578,8 @@ class Log(ServerCase):
 
     async def test_no_word_of_the_conversation(self) -> None:
         """What is asked and answered stays out of the log."""
-        private = {"messages": [{"role": "user", "content": "PRIVATE QUESTION"}]}
+        private: Json = {"messages": [{"role": "user", "content": "PRIVATE QUESTION"}]}
+        private["stream"] = True
         for body in (private, json.dumps(private).encode()[:-1]):
             await self.line_for(streams("PRIVATE", " ANSWER"), body)
             self.assertNotIn("PRIVATE", "\n".join(self.log.lines))
@@ -3229,7 +3627,7 @@ class Faults(ServerCase):
         self.assertNotIn("outcome=failed", exited.stderr)
 
 
-# ---- Settings ----------------------------------------------------------------------------
+# ---- Settings ----------------------------------------------------------------
 
 
 @dataclass
@@ -3273,66 +3671,38 @@ SETTINGS = [
 
 @dataclass
 class Refused:
-    """A set-up that must not start, and words of the message that shows the way out."""
+    """A value that a setting must not have."""
 
-    name: str
-    environ: dict[str, str]
-    words: tuple[str, ...]
-    flags: tuple[str, ...] = ()
-
-
-def refused(variable: str, value: str, *words: str) -> Refused:
-    return Refused(f"{variable}={value}", {variable: value}, (variable_or_flag(variable), *words))
-
-
-def variable_or_flag(variable: str) -> str:
-    """A part that the setting's variable and its flag have in common, in any case."""
-    return variable.partition("_")[2].replace("_", ".")
+    variable: str
+    value: str
 
 
 REFUSED = [
-    refused("CHATSTREAM_PORT", "65536", "65536", "65535"),
-    refused("CHATSTREAM_PORT", "http", "http"),
-    refused("CHATSTREAM_PORT", "-1", "-1"),
-    refused("CHATSTREAM_PORT", "8.5", "8.5"),
-    refused("CHATSTREAM_MAX_STREAMS", "0", "'0'"),
-    refused("CHATSTREAM_MAX_STREAMS", "many", "many"),
-    refused("CHATSTREAM_MAX_BODY_BYTES", "1e6", "1e6"),
-    refused("CHATSTREAM_MAX_EVENT_BYTES", "-5", "-5"),
-    refused("CHATSTREAM_CONNECT_SECONDS", "0", "'0'"),
-    refused("CHATSTREAM_IDLE_SECONDS", "0", "'0'"),
-    refused("CHATSTREAM_WRITE_SECONDS", "nan", "nan"),
-    refused("CHATSTREAM_HEARTBEAT_SECONDS", "inf", "inf"),
-    refused("CHATSTREAM_DRAIN_SECONDS", "-1", "-1"),
-    refused("CHATSTREAM_REUSE_PORT", "maybe", "maybe"),
-    refused("OPENAI_MODEL", ",", "','"),
-    refused("OPENAI_BASE_URL", "ftp://x/v1", "ftp://x/v1"),
-    refused("OPENAI_BASE_URL", "localhost:8000", "localhost:8000"),
-    refused("OPENAI_BASE_URL", "http://x:99999/v1", "99999"),
-    refused("OPENAI_BASE_URL", "http://[::::]/v1", "::::"),
-    refused("OPENAI_BASE_URL", f"http://{'x' * 64}.example/v1", "x" * 64),
-    refused("OPENAI_BASE_URL", "http://x/v1/chat/completions", "/chat/completions"),
-    refused("OPENAI_BASE_URL", "http://x/v1/chat/completions/", "/chat/completions"),
-    refused("CHATSTREAM_ALLOWED_HOSTS", "https://chat.example.org", "https://chat.example.org"),
-    refused("CHATSTREAM_ALLOWED_HOSTS", "*", "'*'"),
-    refused("CHATSTREAM_ALLOWED_HOSTS", "a.example/x", "a.example/x"),
-    Refused("a public host", {"CHATSTREAM_HOST": "0.0.0.0"}, ("0.0.0.0", "CHATSTREAM_TOKEN")),
-    Refused(
-        "a host that begins like loopback",
-        {"CHATSTREAM_HOST": "localhost.evil.example"},
-        ("localhost.evil.example", "CHATSTREAM_TOKEN"),
-    ),
-    Refused(
-        "a host that ends like loopback",
-        {"CHATSTREAM_HOST": "evil-localhost"},
-        ("evil-localhost", "CHATSTREAM_TOKEN"),
-    ),
-    Refused("a certificate alone", {"CHATSTREAM_TLS_CERT": "/x"}, ("CHATSTREAM_TLS_KEY",)),
-    Refused("a key alone", {"CHATSTREAM_TLS_KEY": "/x"}, ("CHATSTREAM_TLS_CERT",)),
-    Refused("a flag without its value", {}, ("port",), flags=("--port",)),
-    Refused("a bad flag beside a good variable", {"CHATSTREAM_PORT": "1"}, ("'y'",), ("--port=y",)),
-    Refused("an unknown flag", {}, ("--colour",), flags=("--colour", "blue")),
-    Refused("a flag cut short", {}, ("--max-st",), flags=("--max-st", "5")),
+    Refused("CHATSTREAM_PORT", "65536"),
+    Refused("CHATSTREAM_PORT", "http"),
+    Refused("CHATSTREAM_PORT", "-1"),
+    Refused("CHATSTREAM_PORT", "8.5"),
+    Refused("CHATSTREAM_MAX_STREAMS", "0"),
+    Refused("CHATSTREAM_MAX_STREAMS", "many"),
+    Refused("CHATSTREAM_MAX_BODY_BYTES", "1e6"),
+    Refused("CHATSTREAM_MAX_EVENT_BYTES", "-5"),
+    Refused("CHATSTREAM_CONNECT_SECONDS", "0"),
+    Refused("CHATSTREAM_IDLE_SECONDS", "0.0"),
+    Refused("CHATSTREAM_WRITE_SECONDS", "nan"),
+    Refused("CHATSTREAM_HEARTBEAT_SECONDS", "inf"),
+    Refused("CHATSTREAM_DRAIN_SECONDS", "-1"),
+    Refused("CHATSTREAM_REUSE_PORT", "maybe"),
+    Refused("OPENAI_MODEL", ","),
+    Refused("OPENAI_BASE_URL", "ftp://x/v1"),
+    Refused("OPENAI_BASE_URL", "localhost:8000"),
+    Refused("OPENAI_BASE_URL", "http://x:99999/v1"),
+    Refused("OPENAI_BASE_URL", "http://[::::]/v1"),
+    Refused("OPENAI_BASE_URL", f"http://{'x' * 64}.example/v1"),
+    Refused("OPENAI_BASE_URL", "http://x/v1/chat/completions"),
+    Refused("OPENAI_BASE_URL", "http://x/v1/chat/completions/"),
+    Refused("CHATSTREAM_ALLOWED_HOSTS", "https://chat.example.org"),
+    Refused("CHATSTREAM_ALLOWED_HOSTS", "*"),
+    Refused("CHATSTREAM_ALLOWED_HOSTS", "a.example/x"),
 ]
 
 
@@ -3367,7 +3737,11 @@ class ReadSettings(unittest.TestCase):
             if not setting.is_secret:
                 with self.subTest(setting.flag):
                     default = setting.default
-                    text = ",".join(default) if isinstance(default, tuple) else str(default)
+                    text = (
+                        ",".join(default)
+                        if isinstance(default, tuple)
+                        else str(default)
+                    )
                     flags = [setting.flag, setting.text]
                     settings = read_settings({setting.variable: text}, flags)
                     self.assertEqual(getattr(settings, setting.field), setting.value)
@@ -3382,19 +3756,68 @@ class ReadSettings(unittest.TestCase):
         settings = read_settings({}, [])
         self.assertLess(settings.connect_seconds, settings.heartbeat_seconds)
 
-    def test_refusals(self) -> None:
-        """A bad or dangerous set-up does not start; the message shows the way out."""
-        for row in REFUSED:
-            with self.subTest(row.name):
-                message = self.refusal(row.environ, row.flags)
-                last_line = message.splitlines()[-1]
-                for word in row.words:
-                    self.assertIn(word.lower().replace(".", ""), flat(last_line))
+    def assert_names(self, message: str, variable: str) -> None:
+        """The message names this setting, by its variable or by its flag."""
+        flag = "--" + variable.partition("_")[2].lower().replace("_", "-")
+        self.assertTrue(variable in message or flag in message, message)
 
-    def test_messages_of_their_own(self) -> None:
-        """Each refusal has a message of its own."""
-        messages = [self.refusal(row.environ, row.flags).splitlines()[-1] for row in REFUSED]
-        self.assertEqual(len(set(messages)), len(messages))
+    def test_bad_values(self) -> None:
+        """A bad value does not start; the message names the setting and shows the value."""
+        for bad in REFUSED:
+            with self.subTest(bad.variable, value=bad.value):
+                message = self.refusal({bad.variable: bad.value}).splitlines()[-1]
+                self.assert_names(message, bad.variable)
+                self.assertIn(bad.value, message)
+
+    def test_bad_flags(self) -> None:
+        """A bad flag is refused, also beside a good variable."""
+        for flag in ("--port=y", "--port", "--port=65536"):
+            message = self.refusal({"CHATSTREAM_PORT": "1"}, (flag,))
+            self.assert_names(message, "CHATSTREAM_PORT")
+
+    def test_unknown_flags(self) -> None:
+        """A flag that does not exist, or is cut short, is refused."""
+        for flag in ("--colour", "--max-st"):
+            self.assertIn(flag, self.refusal({}, (flag, "5")))
+
+    def test_a_public_host_needs_a_token(self) -> None:
+        """A host that others can reach does not start without a token: an open proxy spends the
+        owner's money."""
+        for host in (
+            "0.0.0.0",
+            "::",
+            "localhost.evil.example",
+            "evil-localhost",
+            "127.0.0.1.nip.io",
+        ):
+            with self.subTest(host):
+                message = self.refusal({"CHATSTREAM_HOST": host})
+                self.assertIn(host, message)
+                self.assertIn("CHATSTREAM_TOKEN", message)
+
+    def test_loopback_needs_no_token(self) -> None:
+        """This machine alone needs none."""
+        for host in ("localhost", "127.0.0.1", "127.1.2.3", "::1"):
+            self.assertEqual(read_settings({"CHATSTREAM_HOST": host}, []).host, host)
+
+    def test_half_of_a_certificate(self) -> None:
+        """A certificate without its key, or a key without its certificate, does not start."""
+        for variable in ("CHATSTREAM_TLS_CERT", "CHATSTREAM_TLS_KEY"):
+            message = self.refusal({variable: "/x.pem"})
+            self.assert_names(message, "CHATSTREAM_TLS_CERT")
+            self.assert_names(message, "CHATSTREAM_TLS_KEY")
+
+    def test_a_message_for_each_mistake(self) -> None:
+        """Each mistake has a message of its own, which shows the way out."""
+        mistakes = [
+            {"CHATSTREAM_HOST": "0.0.0.0"},
+            {"CHATSTREAM_TLS_CERT": "0.0.0.0"},
+            {"OPENAI_BASE_URL": "0.0.0.0"},
+            {"OPENAI_BASE_URL": "http://0.0.0.0/chat/completions"},
+            {"CHATSTREAM_ALLOWED_HOSTS": "http://0.0.0.0"},
+        ]
+        messages = {self.refusal(environ).splitlines()[-1] for environ in mistakes}
+        self.assertEqual(len(messages), len(mistakes))
 
     def test_secrets_are_not_shown(self) -> None:
         """No message shows a secret: a key, a token, a password in a URL, an unknown flag."""
@@ -3421,17 +3844,16 @@ class ReadSettings(unittest.TestCase):
                 self.assertIn(setting.variable, text)
                 if not setting.is_secret:
                     default = setting.default
-                    shown = ",".join(default) if isinstance(default, tuple) else str(default)
+                    shown = (
+                        ",".join(default)
+                        if isinstance(default, tuple)
+                        else str(default)
+                    )
                     self.assertIn(setting.flag, text)
                     self.assertIn(f"{setting.variable}={shown}".lower(), text.lower())
 
 
-def flat(line: str) -> str:
-    """In lower case, with `_`, `-` and `.` dropped: a flag and its variable read the same."""
-    return re.sub(r"[._-]", "", line.lower())
-
-
-# ---- The start ---------------------------------------------------------------------------
+# ---- The start ---------------------------------------------------------------
 
 
 class Start(ServerCase):
@@ -3468,7 +3890,10 @@ class Start(ServerCase):
 
     async def test_a_missing_certificate(self) -> None:
         """A certificate that cannot be read stops the start, and is named."""
-        files = {"CHATSTREAM_TLS_CERT": "/no/cert.pem", "CHATSTREAM_TLS_KEY": "/no/key.pem"}
+        files = {
+            "CHATSTREAM_TLS_CERT": "/no/cert.pem",
+            "CHATSTREAM_TLS_KEY": "/no/key.pem",
+        }
         exited = await failed_start(**files)
         self.assertEqual(exited.status, 2)
         self.assertIn("CHATSTREAM_TLS_CERT", exited.stderr)
@@ -3485,7 +3910,11 @@ class Start(ServerCase):
             os.set_blocking(our_end, False)
             with certificate(encrypted) as own:
                 async with process(
-                    "-c", code, environment=own.served, stdin=terminal, new_session=True
+                    "-c",
+                    code,
+                    environment=own.served,
+                    stdin=terminal,
+                    start_new_session=True,
                 ) as program:
                     exited = await program.exit()
             with self.assertRaises(BlockingIOError):
@@ -3497,7 +3926,9 @@ class Start(ServerCase):
         """With CHATSTREAM_REUSE_PORT several processes listen on one port."""
         async with running_program("--reuse-port") as one:
             port = one.url.rpartition(":")[2]
-            async with running_program(CHATSTREAM_PORT=port, CHATSTREAM_REUSE_PORT="true") as two:
+            async with running_program(
+                CHATSTREAM_PORT=port, CHATSTREAM_REUSE_PORT="true"
+            ) as two:
                 self.assertEqual(one.url, two.url)
 
     async def test_started_through_a_link(self) -> None:
@@ -3505,7 +3936,9 @@ class Start(ServerCase):
         with tempfile.TemporaryDirectory() as folder:
             link = Path(folder, "chatstream.py")
             link.symlink_to(HERE / "chatstream.py")
-            async with process(str(link), environment={"CHATSTREAM_PORT": "0"}) as program:
+            async with process(
+                str(link), environment={"CHATSTREAM_PORT": "0"}
+            ) as program:
                 line = await program.read_line()
                 url = line.split()[-1]
                 self.assertEqual((await self.get(url)).body, PageHeaders.html)
@@ -3514,7 +3947,9 @@ class Start(ServerCase):
         """The limit of open files is raised as far as the system allows."""
         soft_limit = "ulimit -S -n 100;"
         environ = {"CHATSTREAM_PORT": "0", "CHATSTREAM_MAX_STREAMS": "200"}
-        async with process("chatstream.py", environment=environ, prefix=soft_limit) as program:
+        async with process(
+            "chatstream.py", environment=environ, prefix=soft_limit
+        ) as program:
             url = (await program.read_line()).split()[-1]
             metrics = await self.metrics(url)
             self.assertEqual(metrics["chatstream_max_streams"], 200)
@@ -3524,7 +3959,9 @@ class Start(ServerCase):
         one line says so with the remedy."""
         hard_limit = "ulimit -n 72;"
         environ = {"CHATSTREAM_PORT": "0"}
-        async with process("chatstream.py", environment=environ, prefix=hard_limit) as program:
+        async with process(
+            "chatstream.py", environment=environ, prefix=hard_limit
+        ) as program:
             url = (await program.read_line()).split()[-1]
             metrics = await self.metrics(url)
             self.assertIn(metrics["chatstream_max_streams"], range(1, 36))
@@ -3562,7 +3999,7 @@ class OpenFiles(ServerCase):
             program.process.kill()
 
 
-# ---- Drain -------------------------------------------------------------------------------
+# ---- Drain -------------------------------------------------------------------
 
 
 def accepts_connections(url: str) -> bool:
@@ -3577,11 +4014,15 @@ class Drain(ServerCase):
     """SIGTERM or SIGINT ends the program without cutting off an answer."""
 
     @asynccontextmanager
-    async def program(self, script: Script, **settings: object) -> AsyncIterator[Program]:
+    async def program(
+        self, script: Script, **settings: object
+    ) -> AsyncIterator[Program]:
         """The program, in front of `self.upstream`."""
         async with scripted_upstream(script) as self.upstream:
             environ = {variable(name): str(value) for name, value in settings.items()}
-            async with running_program(OPENAI_BASE_URL=self.upstream.url, **environ) as program:
+            async with running_program(
+                OPENAI_BASE_URL=self.upstream.url, **environ
+            ) as program:
                 yield program
 
     async def until_it_drains(self, url: str) -> None:
@@ -3599,7 +4040,9 @@ class Drain(ServerCase):
 
     async def test_without_signal_handlers_of_the_loop(self) -> None:
         """So it does where the loop has no signal handlers, as on Windows."""
-        code = "import asyncio, runpy; asyncio.SelectorEventLoop.add_signal_handler = None"
+        code = (
+            "import asyncio, runpy; asyncio.SelectorEventLoop.add_signal_handler = None"
+        )
         code += "; runpy.run_path('chatstream.py', run_name='__main__')"
         async with process("-c", code, environment={"CHATSTREAM_PORT": "0"}) as program:
             await program.read_line()
@@ -3616,7 +4059,10 @@ class Drain(ServerCase):
             await go_on.wait()
             await call.send(FINISH + DONE)
 
-        async with self.program(script) as program, self.asking(program.url) as response:
+        async with (
+            self.program(script) as program,
+            self.asking(program.url) as response,
+        ):
             await response.content.readuntil(b"\n\n")
             program.signal(signal.SIGTERM)
             await self.until_it_drains(program.url)
@@ -3625,6 +4071,7 @@ class Drain(ServerCase):
             exited = await program.exit()
         self.assertEqual(exited.status, 0)
         self.assertIn("outcome=completed", exited.stderr)
+        self.assertNotIn("outcome=", exited.stdout)
 
     async def test_running_whole_answers_go_on(self) -> None:
         """So does a whole answer."""
@@ -3681,7 +4128,12 @@ class Drain(ServerCase):
                 self.assertIn(" 503 ", answers["page"])
                 self.assertIn("chatstream_draining 1", answers["metrics"])
                 refusal = answers["stream"]
-                for word in (" 503 ", "server_draining", "Retry-After: 1", "Connection: close"):
+                for word in (
+                    " 503 ",
+                    "server_draining",
+                    "Retry-After: 1",
+                    "Connection: close",
+                ):
                     self.assertIn(word.lower(), refusal.lower())
 
     async def test_a_half_sent_body(self) -> None:
@@ -3718,7 +4170,7 @@ class Drain(ServerCase):
                 program.signal(signal.SIGTERM)
                 answer = await asking
                 exited = await program.exit()
-            self.assertEqual((answer.status, answer.error["code"]), (503, "server_draining"))
+            self.assert_error(answer, 503, "server_draining")
             self.assert_headers(answer, {"X-Should-Retry": "false"})
             self.assertEqual(exited.status, 0)
             self.assertIn("outcome=drained", exited.stderr)
@@ -3769,7 +4221,10 @@ class Drain(ServerCase):
     async def test_a_second_signal(self) -> None:
         """A second signal ends it at once, with status 1; the log is not lost."""
         async with self.program(sends(SAID, then=hangs), drain_seconds=60) as program:
-            async with self.asking(program.url) as left, self.asking(program.url) as stays:
+            async with (
+                self.asking(program.url) as left,
+                self.asking(program.url) as stays,
+            ):
                 await left.content.readuntil(b"\n\n")
                 await stays.content.readuntil(b"\n\n")
                 program.signal(signal.SIGINT)
@@ -3790,7 +4245,10 @@ class Drain(ServerCase):
             await go_on.wait()
             await call.send(FINISH + DONE)
 
-        async with self.program(script) as program, self.asking(program.url) as response:
+        async with (
+            self.program(script) as program,
+            self.asking(program.url) as response,
+        ):
             await response.content.readuntil(b"\n\n")
             program.signal(signal.SIGINT)
             program.signal(signal.SIGTERM)
@@ -3812,7 +4270,9 @@ class Drain(ServerCase):
         }
         for broken, redirection in redirections.items():
             with self.subTest(broken):
-                stdout = broken_pipe if broken == "a broken pipe" else subprocess.DEVNULL
+                stdout = (
+                    broken_pipe if broken == "a broken pipe" else subprocess.DEVNULL
+                )
                 await self.serve_and_drain(redirection, stdout)
 
     async def serve_and_drain(self, redirection: str, stdout: int) -> None:
@@ -3831,16 +4291,25 @@ class Drain(ServerCase):
                     "CHATSTREAM_REUSE_PORT": "true",
                 }
                 async with process(
-                    "chatstream.py", environment=environ, redirection=redirection, stdout=stdout
+                    "chatstream.py",
+                    environment=environ,
+                    redirection=redirection,
+                    stdout=stdout,
                 ) as program:
                     await eventually(lambda: accepts_connections(url))
                     self.assertTrue((await self.ask(url)).is_complete)
                     self.assertEqual((await program.stop()).status, 0)
 
 
-# ---- The demo ----------------------------------------------------------------------------
+# ---- The demo ----------------------------------------------------------------
 
-DEMO_MODELS = ["demo", "demo-slow-start", "demo-cut-off", "demo-error", "demo-rate-limit"]
+DEMO_MODELS = [
+    "demo",
+    "demo-slow-start",
+    "demo-cut-off",
+    "demo-error",
+    "demo-rate-limit",
+]
 
 
 @dataclass
@@ -3865,11 +4334,16 @@ class Demo(ServerCase):
             return Demo.cached
         # The demo must work behind a proxy, too.
         proxy = {"http_proxy": "http://127.0.0.1:1", "no_proxy": ""}
-        parts = [{"type": "text", "text": "Say hello"}, {"type": "image_url", "image_url": {}}]
+        parts = [
+            {"type": "text", "text": "Say hello"},
+            {"type": "image_url", "image_url": {}},
+        ]
         with_parts = {"messages": [{"role": "user", "content": parts}]}
         async with running_program("--heartbeat-seconds", "0.3", **proxy) as program:
             models = await self.get(program.url + "/v1/models")
-            asked = [self.ask(program.url, HELLO | {"model": model}) for model in DEMO_MODELS]
+            asked = [
+                self.ask(program.url, HELLO | {"model": model}) for model in DEMO_MODELS
+            ]
             asked.append(self.ask(program.url, path=COMPLETIONS))
             asked.append(self.ask(program.url, with_parts))
             *streamed, whole, parts_answer = await asyncio.gather(*asked)
@@ -3917,7 +4391,9 @@ class Demo(ServerCase):
     async def test_a_whole_answer(self) -> None:
         """A request that does not ask for a stream gets a whole answer."""
         answer = (await self.demo()).whole
-        self.assertEqual((answer.status, answer.json["object"]), (200, "chat.completion"))
+        self.assertEqual(
+            (answer.status, answer.json["object"]), (200, "chat.completion")
+        )
         choice = answer.json["choices"][0]
         self.assertEqual(
             (choice["message"]["role"], choice["finish_reason"]), ("assistant", "stop")
@@ -3940,7 +4416,7 @@ class Demo(ServerCase):
     async def test_a_cut(self) -> None:
         """`demo-cut-off` is truncated."""
         answer = (await self.demo()).streamed["demo-cut-off"]
-        self.assertEqual((answer.status, answer.error["code"]), (200, "stream_truncated"))
+        self.assert_error(answer, 200, "stream_truncated")
 
     async def test_an_error(self) -> None:
         """`demo-error` fails half-way."""
@@ -3969,7 +4445,9 @@ class Demo(ServerCase):
                 if port != urlsplit(program.url).port:
                     answer = await self.get(f"http://127.0.0.1:{port}/")
                     self.assertEqual(answer.status, 400)
-                    poke = self.ask(f"http://127.0.0.1:{port}", b"[]", path="/v1/chat/completions")
+                    poke = self.ask(
+                        f"http://127.0.0.1:{port}", b"[]", path="/v1/chat/completions"
+                    )
                     self.assertEqual((await poke).status, 400)
             exited = await program.stop()
         self.assertEqual(exited.status, 0)
@@ -3990,7 +4468,7 @@ def listening_ports(pid: int) -> list[int]:
     return ports
 
 
-# ---- The README --------------------------------------------------------------------------
+# ---- The README --------------------------------------------------------------
 
 
 class Readme(unittest.TestCase):
@@ -4007,7 +4485,11 @@ class Readme(unittest.TestCase):
                 assert row, "not in the table"
                 if setting.default:
                     default = setting.default
-                    shown = ",".join(default) if isinstance(default, tuple) else str(default)
+                    shown = (
+                        ",".join(default)
+                        if isinstance(default, tuple)
+                        else str(default)
+                    )
                     self.assertIn(shown.lower(), row[0].lower())
 
     def test_no_setting_too_many(self) -> None:
@@ -4015,7 +4497,9 @@ class Readme(unittest.TestCase):
         named = set(re.findall(r"\b(?:OPENAI|CHATSTREAM)_[A-Z_]+\b", self.text))
         known = {setting.variable for setting in SETTINGS}
         known |= {"CHATSTREAM_TLS_CERT", "CHATSTREAM_TLS_KEY"}
-        tests = {variable for variable in named if variable.startswith("CHATSTREAM_TEST_")}
+        tests = {
+            variable for variable in named if variable.startswith("CHATSTREAM_TEST_")
+        }
         self.assertEqual(named - tests - known, set())
 
     def test_routes(self) -> None:
@@ -4048,5 +4532,5 @@ class Readme(unittest.TestCase):
                 self.assertTrue((HERE / path.partition("#")[0]).exists())
 
 
-# ---- The page, in Chromium ---------------------------------------------------------------
+# ---- The page, in Chromium ---------------------------------------------------
 # The tests of the page follow here. They use the same upstream and `serving`.
