@@ -78,8 +78,15 @@ def devtools_url() -> str:
     assert CHROMIUM
     profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     unittest.addModuleCleanup(profile.cleanup)
-    command = [CHROMIUM, *CHROMIUM_FLAGS, f"--user-data-dir={profile.name}", "about:blank"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [
+        CHROMIUM,
+        *CHROMIUM_FLAGS,
+        f"--user-data-dir={profile.name}",
+        "about:blank",
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     unittest.addModuleCleanup(process.wait)
     unittest.addModuleCleanup(process.terminate)
     port_file = Path(profile.name, "DevToolsActivePort")
@@ -234,7 +241,10 @@ class Page:
     async def run(self, expression: str) -> Any:
         """The value of a JavaScript expression."""
         answer = await self.devtools.call(
-            "Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True
+            "Runtime.evaluate",
+            expression=expression,
+            awaitPromise=True,
+            returnByValue=True,
         )
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
@@ -253,13 +263,17 @@ class Page:
                 value = await self.run(WAIT % (1000 * PATIENCE, condition))
         if not value:
             shown = await self.text()
-            raise AssertionError(f"{aim or condition} never came; the page shows:\n{shown}")
+            raise AssertionError(
+                f"{aim or condition} never came; the page shows:\n{shown}"
+            )
         return value
 
     def element(self, role: str, name: str | None = None, index: int = -1) -> Element:
         return Element(self, role, name, index)
 
-    async def find(self, role: str, name: str | None = None, index: int = -1) -> Element:
+    async def find(
+        self, role: str, name: str | None = None, index: int = -1
+    ) -> Element:
         """The last element of this role and name (or another by its index), once it is there."""
         element = self.element(role, name, index)
         await self.wait_until(f"Boolean({element.code})", f"{role} {name or ''}")
@@ -304,7 +318,9 @@ class Page:
 
     async def wait_for_status(self, text: str) -> None:
         status = self.element("status").code
-        await self.wait_until(f"{status}.textContent === {json.dumps(text)}", f"status {text!r}")
+        await self.wait_until(
+            f"{status}.textContent === {json.dumps(text)}", f"status {text!r}"
+        )
 
     async def wait_for_end(self) -> None:
         """Waits until no answer is being streamed any more."""
@@ -317,7 +333,9 @@ class Page:
         element = await self.find(role, name, index)
         await element.focus()
 
-    async def click(self, name: str, index: int = -1, role: str = "button", times: int = 1) -> None:
+    async def click(
+        self, name: str, index: int = -1, role: str = "button", times: int = 1
+    ) -> None:
         element = await self.find(role, name, index)
         await element.click(times)
 
@@ -325,7 +343,11 @@ class Page:
         await self.devtools.call("Input.insertText", text=text)
 
     async def press(
-        self, key: str, modifiers: int = 0, key_code: int = 0, commands: list[str] | None = None
+        self,
+        key: str,
+        modifiers: int = 0,
+        key_code: int = 0,
+        commands: list[str] | None = None,
     ) -> None:
         for kind in ("keyDown", "keyUp"):
             await self.devtools.call(
@@ -368,16 +390,19 @@ class Page:
         await self.wait_for_reload()
 
     async def wait_for_reload(self) -> None:
-        await self.wait_until("!window.isOld && document.readyState === 'complete'", "a new page")
+        await self.wait_until(
+            "!window.isOld && document.readyState === 'complete'", "a new page"
+        )
 
     async def emulate(self, **features: str) -> None:
-        """Media features, as `prefers_color_scheme="dark"`."""
-        await self.devtools.call(
-            "Emulation.setEmulatedMedia",
-            features=[
-                {"name": name.replace("_", "-"), "value": value} for name, value in features.items()
-            ],
-        )
+        """Sets media features: `prefers_color_scheme="dark"`."""
+        # An animation keeps the browser painting, which slows all tests.
+        chosen = {"prefers_reduced_motion": "reduce"} | features
+        pairs = [
+            {"name": name.replace("_", "-"), "value": value}
+            for name, value in chosen.items()
+        ]
+        await self.devtools.call("Emulation.setEmulatedMedia", features=pairs)
 
 
 def says(words: str, finish_reason: str = "stop") -> Script:
@@ -431,7 +456,9 @@ class PageCase(unittest.IsolatedAsyncioTestCase):
     @classmethod
     def setUpClass(cls) -> None:
         if BROWSER == "none":
-            raise unittest.SkipTest("CHATSTREAM_BROWSER is none: the page is not tested")
+            raise unittest.SkipTest(
+                "CHATSTREAM_BROWSER is none: the page is not tested"
+            )
         if not CHROMIUM and BROWSER != "required":
             raise unittest.SkipTest("no Chromium was found: the page is not tested")
         assert CHROMIUM, "CHATSTREAM_BROWSER is required, but no Chromium was found"
@@ -499,6 +526,7 @@ class PageCase(unittest.IsolatedAsyncioTestCase):
             mobile=False,
         )
         await page.devtools.call("Emulation.setFocusEmulationEnabled", enabled=True)
+        await page.emulate()
         return page
 
     async def leave(self, page: Page) -> None:
@@ -581,7 +609,9 @@ class FirstSight(PageCase):
         page = await self.open()
         await page.ask()
         allowed = (self.server.url, "data:")
-        self.assertEqual([url for url in page.urls_requested() if not url.startswith(allowed)], [])
+        self.assertEqual(
+            [url for url in page.urls_requested() if not url.startswith(allowed)], []
+        )
         paths = {url.removeprefix(self.server.url) for url in page.urls_requested()}
         paths = {path for path in paths if not path.startswith("data:")}
         self.assertEqual(paths, {"/", "/stream", "/v1/models"})
@@ -618,13 +648,16 @@ class Looks(PageCase):
         await page.say("Hello")
         await page.wait_for_text("Once")
         animations = "document.getAnimations({ subtree: true }).length"
+        await page.emulate(prefers_reduced_motion="no-preference")
         self.assertGreater(await page.run(animations), 0)
         await page.emulate(prefers_reduced_motion="reduce")
         self.assertEqual(await page.run(animations), 0)
 
     async def test_touch(self) -> None:
         """What a finger can press is at least 40 px high."""
-        page = await self.open(says("Hello [link](https://a.example) `x`\n\n```\ncode\n```"))
+        page = await self.open(
+            says("Hello [link](https://a.example) `x`\n\n```\ncode\n```")
+        )
         await page.devtools.call("Emulation.setTouchEmulationEnabled", enabled=True)
         await page.wait_until("matchMedia('(pointer: coarse)').matches", "touch")
         small = """[...document.querySelectorAll("button, select, summary, textarea, input, a")]
@@ -843,7 +876,9 @@ class Conversation(PageCase):
 
         page = await self.open(script, model="*")
         await page.ask("One")
-        models = responds(200, {"object": "list", "data": [{"id": "late", "object": "model"}]})
+        models = responds(
+            200, {"object": "list", "data": [{"id": "late", "object": "model"}]}
+        )
         await page.ask("Two")
         await page.wait_for_text("Hello.")
         self.assertEqual(self.calls[-1].json["model"], "late")
@@ -853,7 +888,9 @@ class Conversation(PageCase):
         page = await self.open()
         await page.ask("Why is the sky blue?")
         await page.ask("And the sea?")
-        self.assertTrue((await page.run("document.title")).startswith("Why is the sky blue?"))
+        self.assertTrue(
+            (await page.run("document.title")).startswith("Why is the sky blue?")
+        )
 
     async def test_save(self) -> None:
         """ "Save" downloads the conversation as Markdown."""
@@ -884,7 +921,9 @@ class Conversation(PageCase):
         """Below an answer stand its time to the first token, its tokens and its model."""
         page = await self.open(streams("Hello", usage={"completion_tokens": 7}))
         await page.ask()
-        self.assertRegex(await page.text_of_answer(), r"First token \d+ ms · 7 tokens.* · m")
+        self.assertRegex(
+            await page.text_of_answer(), r"First token \d+ ms · 7 tokens.* · m"
+        )
 
     async def test_rate(self) -> None:
         """Where the upstream reports no tokens, the chunks a second are shown."""
@@ -895,7 +934,9 @@ class Conversation(PageCase):
     async def test_reasoning(self) -> None:
         """Reasoning, under either name, is folded, shown once, and not sent back."""
         both = chunk({"reasoning_content": "hm", "reasoning": "hm"})
-        page = await self.open(sends(both, chunk({"reasoning": ", so"}), text("Hi"), FINISH, DONE))
+        page = await self.open(
+            sends(both, chunk({"reasoning": ", so"}), text("Hi"), FINISH, DONE)
+        )
         await page.ask()
         details = page.element("group")
         self.assertFalse(await details.read("element.open"))
@@ -910,7 +951,9 @@ class Conversation(PageCase):
     async def test_refusal(self) -> None:
         """What a model says in refusal is shown."""
         page = await self.open(
-            sends(chunk({"refusal": "I will "}), chunk({"refusal": "not."}), FINISH, DONE)
+            sends(
+                chunk({"refusal": "I will "}), chunk({"refusal": "not."}), FINISH, DONE
+            )
         )
         await page.ask()
         self.assertIn("I will not.", await page.text_of_answer())
@@ -930,7 +973,9 @@ def tool_call(index: int, name: object) -> bytes:
 
 class ToolCalls(PageCase):
     async def shown(self, *chunks: bytes) -> str:
-        page = await self.open(sends(*chunks, chunk({}, finish_reason="tool_calls"), DONE))
+        page = await self.open(
+            sends(*chunks, chunk({}, finish_reason="tool_calls"), DONE)
+        )
         await page.ask()
         self.assertEqual(await page.status(), "Answer complete")
         return await page.text_of_answer()
@@ -998,7 +1043,9 @@ class Endings(PageCase):
                 answer = await page.text_of_answer()
                 self.assertIn(reason.shown, answer)
                 self.assertNotIn("broke off", answer)
-                self.assertEqual(await page.has("button", "Continue"), reason.offers_continue)
+                self.assertEqual(
+                    await page.has("button", "Continue"), reason.offers_continue
+                )
 
     async def test_cut_at_the_token_limit(self) -> None:
         """ "Continue" sends the part as the assistant's message and joins what comes."""
@@ -1009,7 +1056,10 @@ class Endings(PageCase):
         self.assertIn("Partner.", await page.text_of_answer())
         self.assertEqual(
             self.messages_sent(),
-            [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Part"}],
+            [
+                {"role": "user", "content": "Hello"},
+                {"role": "assistant", "content": "Part"},
+            ],
         )
 
     async def test_continue_without_blanks_at_the_end(self) -> None:
@@ -1101,7 +1151,9 @@ class Endings(PageCase):
         """A connection that breaks in mid-answer is called that."""
         page = await self.open_other_server(BREAKS)
         await page.ask()
-        self.assertRegex(await page.text_of_answer(), r"Once[\s\S]*broke off.*connection")
+        self.assertRegex(
+            await page.text_of_answer(), r"Once[\s\S]*broke off.*connection"
+        )
 
     async def test_a_server_that_cannot_be_reached(self) -> None:
         """A server that is gone is called that."""
@@ -1146,7 +1198,9 @@ class RetryAfter(PageCase):
         """After a 429, "Retry" is disabled while the seconds count down."""
         page = await self.open(self.too_many("1000"))
         await page.ask()
-        self.assertRegex(await page.text_of_answer(), r"Slow down\.[\s\S]*\b(99\d|1000) s")
+        self.assertRegex(
+            await page.text_of_answer(), r"Slow down\.[\s\S]*\b(99\d|1000) s"
+        )
         self.assertFalse(await self.is_enabled(page))
 
     async def test_end_of_the_countdown(self) -> None:
@@ -1159,7 +1213,9 @@ class RetryAfter(PageCase):
 
     async def test_a_date(self) -> None:
         """Retry-After may be a date."""
-        page = await self.open(self.too_many(formatdate(time.time() + 1000, usegmt=True)))
+        page = await self.open(
+            self.too_many(formatdate(time.time() + 1000, usegmt=True))
+        )
         await page.ask()
         self.assertRegex(await page.text_of_answer(), r"\b(99\d|1000) s")
         self.assertFalse(await self.is_enabled(page))
@@ -1230,7 +1286,9 @@ class Stop(PageCase):
 
 
 # JSON may hold half of a surrogate pair, which is no character and has no bytes in UTF-8.
-HALF_AN_EMOJI = b'{"choices":[{"index":0,"delta":{"content":"\\ud83d"},"finish_reason":null}]}'
+HALF_AN_EMOJI = (
+    b'{"choices":[{"index":0,"delta":{"content":"\\ud83d"},"finish_reason":null}]}'
+)
 
 
 # -- What comes from outside
@@ -1241,7 +1299,14 @@ ODD_VALUES: list[Any] = [None, 5, True, "text", [], [None], {}, {"a": None}]
 
 def odd_chunks(value: Any) -> list[bytes]:
     """A chunk for each of its fields, in which this field has this value."""
-    deltas = ["reasoning_content", "reasoning", "refusal", "tool_calls", "role", "unknown"]
+    deltas = [
+        "reasoning_content",
+        "reasoning",
+        "refusal",
+        "tool_calls",
+        "role",
+        "unknown",
+    ]
     choices = ["delta", "index", "logprobs"]
     chunks = ["usage", "model", "id", "object", "created"]
     payloads: list[Any] = [{"choices": [{"delta": {field: value}}]} for field in deltas]
@@ -1256,7 +1321,13 @@ def odd_chunks(value: Any) -> list[bytes]:
     return [event(payload) for payload in payloads]
 
 
-NOT_FOR_PEOPLE = ("[object", "undefined", "NaN", "Unexpected token", "is not a function")
+NOT_FOR_PEOPLE = (
+    "[object",
+    "undefined",
+    "NaN",
+    "Unexpected token",
+    "is not a function",
+)
 
 
 class FromOutside(PageCase):
@@ -1265,7 +1336,9 @@ class FromOutside(PageCase):
         page = await self.open()
         for value in ODD_VALUES:
             with self.subTest(json.dumps(value)):
-                self.answer_by(sends(text("Part"), *odd_chunks(value), text("ner."), FINISH, DONE))
+                self.answer_by(
+                    sends(text("Part"), *odd_chunks(value), text("ner."), FINISH, DONE)
+                )
                 await page.click("New chat")
                 await page.ask()
                 answer = await page.text_of_answer()
@@ -1285,11 +1358,21 @@ class FromOutside(PageCase):
 
     async def test_odd_errors(self) -> None:
         """Whatever an error looks like, it is told in words for people."""
-        errors: list[Any] = [5, True, [], ["a"], {}, {"message": None}, {"message": {"a": 1}}]
+        errors: list[Any] = [
+            5,
+            True,
+            [],
+            ["a"],
+            {},
+            {"message": None},
+            {"message": {"a": 1}},
+        ]
         page = await self.open_other_server(says("Hello."))
         for error in errors:
             with self.subTest(json.dumps(error)):
-                self.answer_by(other_server(sends(text("Part"), event({"error": error}))))
+                self.answer_by(
+                    other_server(sends(text("Part"), event({"error": error})))
+                )
                 await page.click("New chat")
                 await page.ask()
                 answer = await page.text_of_answer()
@@ -1337,7 +1420,9 @@ class FromOutside(PageCase):
 
     async def test_translator_in_mid_answer(self) -> None:
         """A translator that replaces text nodes costs no more than that block."""
-        steps = Steps(text("```\nx = 1\n"), text("y = 2\n```\n\nThe end."), FINISH + DONE)
+        steps = Steps(
+            text("```\nx = 1\n"), text("y = 2\n```\n\nThe end."), FINISH + DONE
+        )
         page = await self.open(steps)
         await page.say("Hello")
         await page.wait_for_text("x = 1")
@@ -1388,7 +1473,9 @@ class Copy(PageCase):
     async def test_refused(self) -> None:
         """Where the browser refuses the clipboard, the older way is tried."""
         page = await self.open(says("Hello."))
-        await page.run("navigator.clipboard.writeText = () => Promise.reject(new Error('no'))")
+        await page.run(
+            "navigator.clipboard.writeText = () => Promise.reject(new Error('no'))"
+        )
         await page.ask()
         self.assertEqual(await self.copy_and_paste(page), "Hello.")
 
@@ -1586,7 +1673,15 @@ class Storage(PageCase):
     async def test_damaged(self) -> None:
         """Damaged stored state does not stop the page."""
         page = await self.open()
-        for junk in ("{", "7", "null", "[]", '"text"', '{"turns":7}', '{"turns":[null,7,{}]}'):
+        for junk in (
+            "{",
+            "7",
+            "null",
+            "[]",
+            '"text"',
+            '{"turns":7}',
+            '{"turns":[null,7,{}]}',
+        ):
             with self.subTest(junk):
                 await self.reload_damaged(page, f"() => {json.dumps(junk)}")
                 await page.click("New chat")
@@ -1679,7 +1774,9 @@ class Token(PageCase):
     async def test_in_the_address_of_an_open_page(self) -> None:
         """That works in a page that is already open, too."""
         page = await self.open(token="right+1")
-        await page.devtools.call("Page.navigate", url=self.server.url + "/#token=right+1")
+        await page.devtools.call(
+            "Page.navigate", url=self.server.url + "/#token=right+1"
+        )
         await page.wait_until("location.hash === ''", "a clean address")
         await page.ask()
         self.assertIn("Hello.", await page.text_of_answer())
@@ -1800,7 +1897,9 @@ class Wire(PageCase):
 
     async def test_failure(self) -> None:
         """The wire shows an error event, too."""
-        page = await self.open_wire(text("a"), event({"error": {"message": "GPU lost"}}))
+        page = await self.open_wire(
+            text("a"), event({"error": {"message": "GPU lost"}})
+        )
         self.assertIn("GPU lost", "".join(await self.lines(page)))
 
 
@@ -1855,7 +1954,12 @@ class Scrolling(PageCase):
         """One notch of the wheel up lets go."""
         page = await self.begin()
         await page.devtools.call(
-            "Input.dispatchMouseEvent", type="mouseWheel", x=400, y=300, deltaX=0, deltaY=-100
+            "Input.dispatchMouseEvent",
+            type="mouseWheel",
+            x=400,
+            y=300,
+            deltaX=0,
+            deltaY=-100,
         )
         await self.check_let_go(page)
 
@@ -1903,13 +2007,18 @@ class Accessibility(PageCase):
         await page.click("Wire")
         wanted = """[...document.querySelectorAll("button, select, textarea, summary, a, input")]
             .filter((target) => target.checkVisibility() && !target.disabled)"""
-        await page.run(f"window.unreached = new Set({wanted}); document.activeElement.blur()")
+        await page.run(
+            f"window.unreached = new Set({wanted}); document.activeElement.blur()"
+        )
         self.assertGreater(await page.run("unreached.size"), 8)
         for _ in range(40):
             await page.press("Tab")
             await page.run("unreached.delete(document.activeElement)")
         self.assertEqual(
-            await page.run("[...unreached].map((each) => each.outerHTML.slice(0, 100))"), []
+            await page.run(
+                "[...unreached].map((each) => each.outerHTML.slice(0, 100))"
+            ),
+            [],
         )
 
     async def test_names(self) -> None:
@@ -1923,7 +2032,11 @@ class Accessibility(PageCase):
             for node in tree["nodes"]
             if "name" in node and not node["ignored"]
         }
-        wanted = {("textbox", "Message"), ("combobox", "Model"), ("log", "Conversation")}
+        wanted = {
+            ("textbox", "Message"),
+            ("combobox", "Model"),
+            ("log", "Conversation"),
+        }
         wanted |= {("complementary", "Wire"), ("list", "Lines")}
         wanted |= {("article", "You"), ("article", "Assistant")}
         for name in ("Send", "Wire", "Save", "New chat", "Copy", "Regenerate", "Edit"):
@@ -1962,7 +2075,9 @@ class Accessibility(PageCase):
             await page.focus("button", name)
             await page.press("Enter")
             await page.wait_for_end()
-            self.assertNotEqual(await page.run("document.activeElement.localName"), "body")
+            self.assertNotEqual(
+                await page.run("document.activeElement.localName"), "body"
+            )
 
     @unittest.skipUnless(AXE, "CHATSTREAM_AXE does not name an axe.min.js")
     async def test_axe(self) -> None:
@@ -2038,7 +2153,9 @@ class Safety(PageCase):
             [...element.attributes].map(({ name }) => name)).filter((name) => /^on/.test(name))"""
         self.assertEqual(await page.run(handlers), [])
         targets = "[...document.querySelectorAll('a')].map((link) => link.protocol)"
-        self.assertLessEqual(set(await page.run(targets)), {"https:", "http:", "mailto:"})
+        self.assertLessEqual(
+            set(await page.run(targets)), {"https:", "http:", "mailto:"}
+        )
 
     async def test_answer(self) -> None:
         """What a model writes stays text."""
@@ -2065,7 +2182,9 @@ class Safety(PageCase):
 
     async def test_error(self) -> None:
         """An error's message stays text."""
-        page = await self.open_watched(responds(400, {"error": {"message": EVIL[:400]}}))
+        page = await self.open_watched(
+            responds(400, {"error": {"message": EVIL[:400]}})
+        )
         await page.ask()
         self.assertIn("<script>hit()</script>", await page.text_of_answer())
         await self.check_harmless(page)
@@ -2078,7 +2197,9 @@ class Safety(PageCase):
 
     async def test_name_of_a_model(self) -> None:
         """The name of a model in the list stays text."""
-        page = await self.open_watched(says("Hello."), model="<img src=x onerror=hit()>,b")
+        page = await self.open_watched(
+            says("Hello."), model="<img src=x onerror=hit()>,b"
+        )
         await page.ask()
         await self.check_harmless(page)
 
@@ -2170,7 +2291,10 @@ EMPHASIS = [
     Row("_snake_case_", "<p><em>snake_case</em></p>"),
     Row("(**a**)", "<p>(<strong>a</strong>)</p>"),
     Row("**`a`**", "<p><strong><code>a</code></strong></p>"),
-    Row("**[a](https://a.example)**", '<p><strong><a href="https://a.example">a</a></strong></p>'),
+    Row(
+        "**[a](https://a.example)**",
+        '<p><strong><a href="https://a.example">a</a></strong></p>',
+    ),
 ]
 NO_EMPHASIS = [
     Row("**open *too", "<p>**open *too</p>"),
@@ -2187,9 +2311,15 @@ NO_EMPHASIS = [
 STRAY_STARS = [
     Row("**Pro**: $20* per month", "<p><strong>Pro</strong>: $20* per month</p>"),
     Row("**Area** = 2*(3+4)", "<p><strong>Area</strong> = 2*(3+4)</p>"),
-    Row("**SQL**: COUNT(*) counts rows", "<p><strong>SQL</strong>: COUNT(*) counts rows</p>"),
+    Row(
+        "**SQL**: COUNT(*) counts rows",
+        "<p><strong>SQL</strong>: COUNT(*) counts rows</p>",
+    ),
     Row("**Name** (*название*)", "<p><strong>Name</strong> (<em>название</em>)</p>"),
-    Row("The **price** excludes tax*.", "<p>The <strong>price</strong> excludes tax*.</p>"),
+    Row(
+        "The **price** excludes tax*.",
+        "<p>The <strong>price</strong> excludes tax*.</p>",
+    ),
 ]
 CHINESE_EMPHASIS = [
     Row("**重点**，*强调*。", "<p><strong>重点</strong>，<em>强调</em>。</p>"),
@@ -2229,10 +2359,16 @@ LISTS = [
     Row("In the year\n2024. it was", "<p>In the year<br>2024. it was</p>"),
     Row("- **a**: `b`", "<ul><li><strong>a</strong>: <code>b</code></li></ul>"),
     Row("- [ ] a\n- [x] b\n- [y] c", "<ul><li>☐ a</li><li>☑ b</li><li>[y] c</li></ul>"),
-    Row("- a\n  ```\n   b\n  ```\n- c", "<ul><li>a<pre><code> b</code></pre></li><li>c</li></ul>"),
+    Row(
+        "- a\n  ```\n   b\n  ```\n- c",
+        "<ul><li>a<pre><code> b</code></pre></li><li>c</li></ul>",
+    ),
 ]
 TABBED_LISTS = [
-    Row("- a\n\t- b\n\t\t- c", "<ul><li>a<ul><li>b<ul><li>c</li></ul></li></ul></li></ul>"),
+    Row(
+        "- a\n\t- b\n\t\t- c",
+        "<ul><li>a<ul><li>b<ul><li>c</li></ul></li></ul></li></ul>",
+    ),
     Row("1. a\n\t- b\n2. c", "<ol><li>a<ul><li>b</li></ul></li><li>c</li></ol>"),
     Row("-\ta\n-\tb", "<ul><li>a</li><li>b</li></ul>"),
     Row(
@@ -2285,22 +2421,37 @@ LINKS = [
     Row('[a](https://a.example "title")', '<p><a href="https://a.example">a</a></p>'),
     Row("[a](https://a.example (title))", '<p><a href="https://a.example">a</a></p>'),
     Row("[a](<https://a.example/>)", '<p><a href="https://a.example/">a</a></p>'),
-    Row("[a](https://a.example/x_(y_(z)))", '<p><a href="https://a.example/x_(y_(z))">a</a></p>'),
+    Row(
+        "[a](https://a.example/x_(y_(z)))",
+        '<p><a href="https://a.example/x_(y_(z))">a</a></p>',
+    ),
     Row(r"[a](https://a.example/b\_c)", '<p><a href="https://a.example/b_c">a</a></p>'),
-    Row("[a](https://a.example/?b&amp;c)", '<p><a href="https://a.example/?b&c">a</a></p>'),
+    Row(
+        "[a](https://a.example/?b&amp;c)",
+        '<p><a href="https://a.example/?b&c">a</a></p>',
+    ),
     Row("[a](mailto:b@c.example)", '<p><a href="mailto:b@c.example">a</a></p>'),
-    Row("![a](https://a.example/b.png)", '<p><a href="https://a.example/b.png">a</a></p>'),
+    Row(
+        "![a](https://a.example/b.png)",
+        '<p><a href="https://a.example/b.png">a</a></p>',
+    ),
 ]
 BARE_LINKS = [
-    Row("<https://a.example>", '<p><a href="https://a.example">https://a.example</a></p>'),
+    Row(
+        "<https://a.example>",
+        '<p><a href="https://a.example">https://a.example</a></p>',
+    ),
     Row("<me@a.example>", '<p><a href="mailto:me@a.example">me@a.example</a></p>'),
     Row(
         "See https://a.example/b.",
         '<p>See <a href="https://a.example/b">https://a.example/b</a>.</p>',
     ),
-    Row("(http://a.example)", '<p>(<a href="http://a.example">http://a.example</a>)</p>'),
     Row(
-        "见https://a.example。好", '<p>见<a href="https://a.example">https://a.example</a>。好</p>'
+        "(http://a.example)", '<p>(<a href="http://a.example">http://a.example</a>)</p>'
+    ),
+    Row(
+        "见https://a.example。好",
+        '<p>见<a href="https://a.example">https://a.example</a>。好</p>',
     ),
     Row(
         "见 https://a.example/b中文",
@@ -2338,7 +2489,9 @@ class Markdown(PageCase):
         page = await self.open()
         for row in rows:
             with self.subTest(row.source):
-                self.assertEqual(await page.call_function(OUTLINE, row.source), row.html)
+                self.assertEqual(
+                    await page.call_function(OUTLINE, row.source), row.html
+                )
 
     async def test_headings(self) -> None:
         """One to six # and a blank begin a heading."""
@@ -2411,7 +2564,9 @@ class Markdown(PageCase):
     async def test_code_in_a_link_target(self) -> None:
         """Code in a link's target leaves no odd character behind."""
         page = await self.open()
-        outline = await page.call_function(OUTLINE, "[a](https://a.example/`b`) and `c`")
+        outline = await page.call_function(
+            OUTLINE, "[a](https://a.example/`b`) and `c`"
+        )
         self.assertNotRegex(outline, r"[\0\ufffd]|href=\"[^\"]*<")
         self.assertIn("<code>c</code>", outline)
 
@@ -2438,7 +2593,9 @@ class Markdown(PageCase):
         await page.ask()
         coloured = """[...CSS.highlights.values()].map((ranges) => [...ranges].map((range) =>
             range.startContainer.data.slice(range.startOffset, range.endOffset)).join(" "))"""
-        self.assertCountEqual(await page.run(coloured), ["def return", "# why", '"a"', "12"])
+        self.assertCountEqual(
+            await page.run(coloured), ["def return", "# why", '"a"', "12"]
+        )
         nodes = "document.querySelector('article pre code').childNodes.length"
         self.assertEqual(await page.run(nodes), 1)
 
@@ -2504,14 +2661,18 @@ class Streaming(PageCase):
         for row in ALL_ROWS:
             with self.subTest(row.source):
                 cuts = [list(range(1, len(row.source)))]
-                self.assertEqual(await page.call_function(CUT_TEXTS, row.source, cuts), [])
+                self.assertEqual(
+                    await page.call_function(CUT_TEXTS, row.source, cuts), []
+                )
 
     async def test_any_pieces(self) -> None:
         """A long text makes the same DOM whatever the pieces in which it comes."""
         page = await self.open()
         chance = random.Random(3)
         positions = range(len(SAMPLE))
-        cuts = [sorted(chance.sample(positions, count)) for count in (1, 5, 50, 500) * 5]
+        cuts = [
+            sorted(chance.sample(positions, count)) for count in (1, 5, 50, 500) * 5
+        ]
         self.assertEqual(await page.call_function(CUT_TEXTS, SAMPLE, cuts), [])
 
     async def test_finished_blocks_keep_their_nodes(self) -> None:
@@ -2527,7 +2688,9 @@ class Streaming(PageCase):
         page = await self.open(steps)
         await page.say("Hello")
         await page.wait_for_text("Select me")
-        await page.run("getSelection().selectAllChildren(document.querySelector('article p'))")
+        await page.run(
+            "getSelection().selectAllChildren(document.querySelector('article p'))"
+        )
         selected = await page.run("getSelection().toString()")
         self.assertEqual(selected.strip(), "Select me")
         steps.next()
@@ -2542,15 +2705,21 @@ class Streaming(PageCase):
             with self.subTest(unit):
                 text = (unit * 50_000)[:50_000]
                 # It is the limit of a DevTools command that makes this fail, PATIENCE seconds.
-                length = await page.run(f"(({OUTLINE})({json.dumps(text)}, 'x')).length")
+                length = await page.run(
+                    f"(({OUTLINE})({json.dumps(text)}, 'x')).length"
+                )
                 self.assertGreater(length, 0)
 
     async def work(self, page: Page, text: str, size: int) -> int:
         """How many blocks of the page's code run while this text comes in pieces of this size."""
         pieces = [text[start : start + size] for start in range(0, len(text), size)]
         await page.devtools.call("Profiler.enable")
-        await page.devtools.call("Profiler.startPreciseCoverage", callCount=True, detailed=True)
-        await page.call_function("(...pieces) => { (" + OUTLINE + ")(...pieces); }", *pieces)
+        await page.devtools.call(
+            "Profiler.startPreciseCoverage", callCount=True, detailed=True
+        )
+        await page.call_function(
+            "(...pieces) => { (" + OUTLINE + ")(...pieces); }", *pieces
+        )
         coverage = await page.devtools.call("Profiler.takePreciseCoverage")
         await page.devtools.call("Profiler.disable")
         return sum(
@@ -2605,7 +2774,9 @@ class Streaming(PageCase):
             }"""
         )
         await page.ask()
-        self.assertEqual(await page.run("document.querySelectorAll('article p').length"), 21_000)
+        self.assertEqual(
+            await page.run("document.querySelectorAll('article p').length"), 21_000
+        )
         self.assertGreater(await page.run("steps"), 5)
         await page.click("New chat")
         self.answer_by(says("Good."))
@@ -2652,7 +2823,11 @@ BODIES = [
     Body("a byte order mark", "\ufeffdata: a\n\n", ["a"]),
     Body("no blank after the colon", "data:a\n\ndata:  b\n\n", ["a", " b"]),
     Body("several data lines", "data: a\ndata: b\n\n", ["a\nb"]),
-    Body("comments and other fields", ": c\nid: 7\nevent: e\ndata: a\nretry: 1\n\n", ["a"]),
+    Body(
+        "comments and other fields",
+        ": c\nid: 7\nevent: e\ndata: a\nretry: 1\n\n",
+        ["a"],
+    ),
     Body("no data", "data\n\ndata:\n\nid: 7\n\n", []),
     Body("no blank line at the end", "data: a\n\ndata: b\n", ["a", "b"]),
     Body("no line end at the end", "data: a\n\ndata: b", ["a", "b"]),
