@@ -2726,6 +2726,18 @@ class BackPressure(ServerCase):
                 await client.read_until(b"[DONE]")
                 await self.assert_outcomes(server.url, completed=1)
 
+    async def test_a_short_tail_counts(self) -> None:
+        """That holds for a tail so short that asyncio itself would not wait for it."""
+        async with serving(sends(text("x" * 60_000), FINISH, DONE)) as server:
+            async with connected(server.url, receive_buffer=4096) as client:
+                client.send(http_request(HELLO))
+                call = await server.upstream.next_call()
+                await eventually(lambda: call.bytes_sent > 60_000)
+                await asyncio.sleep(0.5)
+                self.assertEqual(await self.outcomes(server.url), {})
+                await client.read_until(b"[DONE]")
+                await self.assert_outcomes(server.url, completed=1)
+
     async def test_a_tail_that_nobody_takes(self) -> None:
         """A client that leaves before it has the last bytes is gone, not served."""
         script = sends(text("x" * 4_000_000), FINISH, DONE)
