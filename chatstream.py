@@ -648,7 +648,7 @@ async def send_failure(exchange: Exchange, failure: Failure) -> web.StreamRespon
     error = {
         "message": redact(failure.message)[:500],
         "type": redact(failure.type),
-        "param": failure.param,
+        "param": failure.param and redact(failure.param),
         "code": redact(failure.code),
         "request_id": exchange.id,
     }
@@ -1580,13 +1580,12 @@ def host_names(text: str) -> tuple[str, ...]:
 def base_url(text: str) -> str:
     """Returns the URL without a slash at its end."""
     url = text.rstrip("/")
+    shown = "a URL with a user" if "@" in url else repr(url)  # it may have a password
     if url.endswith("/chat/completions"):
-        raise argparse.ArgumentTypeError("leave out /chat/completions at the end")
+        raise argparse.ArgumentTypeError(f"{shown}: leave out /chat/completions")
     if url and not is_base_url(url):
-        # The message does not show the URL, which may have a password.
-        raise argparse.ArgumentTypeError(
-            "must be a URL like http://localhost:11434/v1, without user, query and fragment"
-        )
+        form = "http://localhost:11434/v1, without user, query and fragment"
+        raise argparse.ArgumentTypeError(f"{shown} is not like {form}")
     return url
 
 
@@ -1819,6 +1818,9 @@ async def serve(settings: Settings) -> None:
         announce(
             f"draining for up to {settings.drain_seconds:g} s; Ctrl+C ends it at once"
         )
+    # Python's own exit would wait for host names that do not resolve, and a broken stdout would
+    # change its status.
+    os._exit(0)
 
 
 def announce(line: str) -> None:

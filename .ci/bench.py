@@ -1,106 +1,472 @@
-"""Measures what chatstream adds: the same streams straight from a scripted upstream and through
-chatstream, each end a process of its own. The upstream writes the time into each event, so that
-the delay of each is read off one clock. Run by hand, on Linux (it reads /proc):
+"""Measures what a streaming proxy costs, chatstream beside what people write for the same job.
 
-    python .ci/bench.py
+    python .ci/bench.py                        # every server found, all work, three runs
+    python .ci/bench.py --work paced --runs 7
+    python .ci/bench.py --only chatstream --only pump
+
+Each server relays the same streams from a scripted upstream to the same clients. It has one core to
+itself; the upstream and the clients share another. What is printed is the median of the runs, as a
+table for the README, and `.github/speed.svg` is drawn from it if there is work and a peer to draw.
+
+The servers are chatstream and those of `.ci/peers`: `pump` always; `starlette_httpx` and
+`fastapi_openai` where these Python packages and uvicorn are installed; `go_stdlib` where `go` is on
+the PATH. Seconds differ from machine to machine, and on a shared machine from minute to minute:
+compare only the servers of one call.
+
+It needs Linux (it reads /proc), two cores, and aiohttp.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
-import itertools
+import importlib.util
 import json
 import os
 import re
+import shutil
+import socket
+import statistics
+import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+SERVER_CORE, LOAD_CORE = 0, 1
 
-from test_chatstream import DONE, Call, Program, delta, program, running, upstream
 
-WORK = {  # name: (streams at once, events in each, seconds between two)
-    "paced": (100, 100, 0.02),
-    "saturated": (20, 5000, 0.0),
+@dataclass
+class Work:
+    streams: int
+    at_once: int
+    events: int  # in each stream
+    pause: float = 0  # seconds between two events
+    ramp: float = 0  # seconds over which the first streams are started
+
+
+WORKS = {
+    # As fast as the upstream can.
+    "saturate": Work(streams=200, at_once=20, events=500),
+    # 100 people who read along.
+    "paced": Work(streams=200, at_once=100, events=100, pause=0.02, ramp=1),
+    # What a stream costs before and after its events.
+    "short": Work(streams=3000, at_once=20, events=3),
+    # Many streams that are open and say little.
+    "idle": Work(streams=1000, at_once=1000, events=30, pause=0.2, ramp=3),
+}
+# One stream after the other: the memory after the first thousand is compared with that at the end.
+LEAK = Work(streams=1000, at_once=1, events=3)
+LEAK_REPEATS = 10
+
+
+# ---- The upstream ----------------------------------------------------------------------------
+
+HEAD = (
+    b"HTTP/1.1 200 OK\r\n"
+    b"Content-Type: text/event-stream; charset=utf-8\r\n"
+    b"Transfer-Encoding: chunked\r\n\r\n"
+)
+# As long as OpenAI's own. The content is the time of sending in ns.
+EVENT = (
+    b'data: {"id":"chatcmpl-bench0000000000000000000000","object":"chat.completion.chunk",'
+    b'"created":1750000000,"model":"gpt-4o-mini-2024-07-18","service_tier":"default",'
+    b'"system_fingerprint":"fp_0000000000","choices":[{"index":0,"delta":{"content":"t%d "},'
+    b'"logprobs":null,"finish_reason":null}],"usage":null}\n\n'
+)
+END = (
+    b'data: {"id":"chatcmpl-bench0000000000000000000000","object":"chat.completion.chunk",'
+    b'"created":1750000000,"model":"gpt-4o-mini-2024-07-18",'
+    b'"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n'
+    b"data: [DONE]\n\n"
+)
+BURST = 20
+
+
+def http_chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+FULL_BURST = http_chunk(EVENT % 0 * BURST)
+
+
+async def send_at_once(writer: asyncio.StreamWriter, events: int) -> None:
+    bursts, rest = divmod(events, BURST)
+    for _ in range(bursts):
+        writer.write(FULL_BURST)
+        await writer.drain()
+    if rest:
+        writer.write(http_chunk(EVENT % 0 * rest))
+
+
+async def send_paced(writer: asyncio.StreamWriter, events: int, pause: float) -> None:
+    due = time.monotonic()
+    for _ in range(events):
+        writer.write(http_chunk(EVENT % time.monotonic_ns()))
+        await writer.drain()
+        due += pause
+        await asyncio.sleep(due - time.monotonic())
+
+
+async def answer_requests(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Answers every request of one connection as its message says."""
+    with suppress(ConnectionError, asyncio.IncompleteReadError):
+        while True:
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
+            assert length, head
+            body = json.loads(await reader.readexactly(int(length[1])))
+            events, pause = json.loads(body["messages"][0]["content"])
+            writer.write(HEAD)
+            if pause:
+                await send_paced(writer, events, pause)
+            else:
+                await send_at_once(writer, events)
+            writer.write(http_chunk(END) + b"0\r\n\r\n")
+            await writer.drain()
+    writer.close()
+
+
+async def run_upstream(port: int) -> None:
+    server = await asyncio.start_server(answer_requests, "127.0.0.1", port, backlog=1000)
+    await server.serve_forever()
+
+
+# ---- The clients -----------------------------------------------------------------------------
+
+
+async def read_stream(client: aiohttp.ClientSession, url: str, work: Work) -> list[float]:
+    """The delay of each event of one stream, in ms."""
+    content = json.dumps([work.events, work.pause])
+    body = {"model": "m", "stream": True, "messages": [{"role": "user", "content": content}]}
+    delays = []
+    pending = b""
+    async with client.post(url, json=body) as response:
+        assert response.status == 200, await response.text()
+        while data := await response.content.readany():
+            now = time.monotonic_ns()
+            complete, separator, pending = (pending + data).rpartition(b"\n\n")
+            for sent in re.findall(rb'"t(\d+) "', complete + separator):
+                delays.append((now - int(sent)) / 1e6)
+    assert len(delays) == work.events, f"{len(delays)} of {work.events} events came"
+    return delays
+
+
+async def run_load(url: str, work: Work) -> None:
+    """Runs all the streams, and prints the delays' p50 and p99 in ms as JSON."""
+    delays: list[float] = []
+    left = iter(range(work.streams))
+    connector = aiohttp.TCPConnector(limit=0)
+    timeout = aiohttp.ClientTimeout(total=300)
+    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as client:
+
+        async def work_off(number: int) -> None:
+            await asyncio.sleep(work.ramp * number / work.at_once)
+            for _ in left:
+                delays.extend(await read_stream(client, url, work))
+
+        async with asyncio.TaskGroup() as tasks:
+            for number in range(work.at_once):
+                tasks.create_task(work_off(number))
+    delays.sort()
+    p50 = delays[len(delays) // 2]
+    p99 = delays[len(delays) * 99 // 100]
+    print(json.dumps({"p50": p50, "p99": p99}))
+
+
+# ---- The servers -----------------------------------------------------------------------------
+
+LABELS = {
+    "chatstream": "chatstream",
+    "pump": "bare aiohttp pump",
+    "go_stdlib": "Go net/http",
+    "starlette_httpx": "Starlette, httpx",
+    "fastapi_openai": "FastAPI, OpenAI's SDK",
 }
 
 
-async def paced_reply(call: Call) -> None:
-    """Events that carry the nanosecond at which they were written, at the pace asked for."""
-    events, pause = json.loads(call.body["messages"][0]["content"])
-    due = time.monotonic()
-    await call.start()
-    for number in range(events):
-        await call.send(delta(content=f"t{time.monotonic_ns()} "))
-        due += pause
-        if pause or number % 16 == 15:
-            await asyncio.sleep(max(0, due - time.monotonic()) if pause else 0)
-    await call.send(delta("stop"))
-    await call.send(DONE)
+def is_installed(*packages: str) -> bool:
+    return all(importlib.util.find_spec(package) for package in packages)
 
 
-async def serve_upstream() -> None:
-    async with upstream(paced_reply) as up:
-        print(up.url, flush=True)
-        await asyncio.Event().wait()
+def find_servers(folder: str) -> dict[str, list[str]]:
+    """The command that starts each server that can run here. Says which cannot, and why."""
+    python = sys.executable
+    commands = {
+        "chatstream": [python, str(ROOT / "chatstream.py")],
+        "pump": [python, str(HERE / "peers/pump.py")],
+    }
+    if shutil.which("go"):
+        commands["go_stdlib"] = [f"{folder}/go_stdlib"]
+        source = HERE / "peers/go_stdlib.go"
+        build = ["go", "build", "-o", commands["go_stdlib"][0], str(source)]
+        subprocess.run(build, check=True, env=os.environ | {"GOTOOLCHAIN": "local"})
+    else:
+        print("without go_stdlib: there is no go on the PATH", file=sys.stderr)
+    needs = {
+        "starlette_httpx": ("starlette", "httpx", "uvicorn"),
+        "fastapi_openai": ("fastapi", "openai", "uvicorn"),
+    }
+    for name, packages in needs.items():
+        if is_installed(*packages):
+            commands[name] = [python, str(HERE / f"peers/{name}.py")]
+        else:
+            print(f"without {name}: it needs {', '.join(packages)}", file=sys.stderr)
+    return commands
 
 
-async def read(client: aiohttp.ClientSession, url: str, work: str) -> list[float]:
-    """The delay of each event of one stream in ms, and, at the end, the time to the first."""
-    content = json.dumps(WORK[work][1:])
-    body = {"model": "m", "messages": [{"role": "user", "content": content}]}
-    started, delays = time.monotonic_ns(), []
-    async with client.post(url, json=body) as response:
-        async for line in response.content:
-            if found := re.search(rb'"t(\d+) "', line):
-                delays.append((time.monotonic_ns() - int(found[1])) / 1e6)
-                if len(delays) == 1:
-                    first = (time.monotonic_ns() - started) / 1e6
-    assert len(delays) == WORK[work][1], f"a stream of {len(delays)} events"
-    return [*delays, first]
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
 
 
-def processor_seconds(pid: int) -> float:
+@contextmanager
+def pinned(
+    command: list[str], core: int, environment: dict[str, str] | None = None, **options: Any
+) -> Iterator[subprocess.Popen[str]]:
+    """A process that runs on this core only, from its first instruction to the block's end."""
+    process = subprocess.Popen(
+        command,
+        env=os.environ | (environment or {}),
+        text=True,
+        preexec_fn=lambda: os.sched_setaffinity(0, {core}),  # noqa: PLW1509
+        **options,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_until_listening(port: int, process: subprocess.Popen[str]) -> None:
+    while True:
+        assert process.poll() is None, f"{process.args!r} has ended"
+        with suppress(ConnectionError):
+            socket.create_connection(("127.0.0.1", port)).close()
+            return
+        time.sleep(0.05)
+
+
+@contextmanager
+def running_server(command: list[str], upstream: str) -> Iterator[tuple[int, str]]:
+    """One of the servers; gives its process id and its address."""
+    port = free_port()
+    environment = {
+        "OPENAI_BASE_URL": upstream,
+        "OPENAI_API_KEY": "any",
+        "OPENAI_MODEL": "m",
+        "CHATSTREAM_PORT": str(port),
+        "CHATSTREAM_MAX_STREAMS": "10000",
+        "PORT": str(port),
+        "GOMAXPROCS": "1",
+        "PYTHONDEVMODE": "",
+    }
+    with pinned(
+        command, SERVER_CORE, environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        wait_until_listening(port, process)
+        yield process.pid, f"http://127.0.0.1:{port}/stream"
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process and all its threads."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-async def measure(work: str, url: str, run: Program | None) -> None:
-    """One row: the streams of this work, straight (no `run`) or through chatstream."""
-    streams = WORK[work][0]
-    timeout = aiohttp.ClientTimeout(total=120)
-    connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as client:
-        await read(client, url, work)  # what a first stream costs is not the question
-        before = (processor_seconds(run.process.pid), run.memory()) if run else (0.0, 0)
-        tasks = [asyncio.create_task(read(client, url, work)) for _ in range(streams)]
-        await asyncio.wait(tasks, timeout=1)
-        memory = (run.memory() - before[1]) / 1024 / streams if run else 0
-        results = await asyncio.gather(*tasks)
-        used = processor_seconds(run.process.pid) - before[0] if run else 0
-    firsts = sorted(result.pop() for result in results)
-    delays = sorted(itertools.chain(*results))
-    row = f"{work:10} {'through' if run else 'straight':9} {len(delays):7}"
-    row += f" {delays[len(delays) // 2]:8.2f} {delays[len(delays) * 99 // 100]:8.2f}"
-    row += f" {firsts[streams // 2]:8.2f}"
-    print(row + (f" {1e6 * used / len(delays):8.1f} {memory:8.0f}" if run else ""), flush=True)
+def resident_kb(pid: int) -> int:
+    found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert found
+    return int(found[1])
 
 
-async def main() -> None:
-    print(f"Python {sys.version.split()[0]}, aiohttp {aiohttp.__version__}, {os.cpu_count()} cores")
-    print("work       way        events   p50 ms   p99 ms first ms   CPU µs KB/stream")
+# ---- Measuring -------------------------------------------------------------------------------
+
+
+@dataclass
+class Result:
+    cpu_us_per_event: float
+    cpu_us_per_stream: float
+    delay_p50_ms: float
+    delay_p99_ms: float
+    kb_per_stream: float
+
+
+def load(url: str, work: Work, pid: int) -> tuple[dict[str, float], int]:
+    """Runs this work; gives the delays, and the server's largest memory meanwhile, in KB."""
+    command = [sys.executable, str(Path(__file__).resolve()), "load", url, json.dumps(asdict(work))]
+    largest = 0
     environment = {"PYTHONDEVMODE": ""}
-    async with running([str(Path(__file__).resolve()), "upstream"], environment) as up:
-        base = up.out.strip()
-        environment |= {"OPENAI_BASE_URL": base, "OPENAI_MODEL": "m"}
-        async with program(**environment) as run:
-            for work in WORK:
-                await measure(work, base + "/chat/completions", None)
-                await measure(work, run.url + "/stream", run)
+    with pinned(command, LOAD_CORE, environment, stdout=subprocess.PIPE) as process:
+        while process.poll() is None:
+            largest = max(largest, resident_kb(pid))
+            time.sleep(0.2)
+        assert process.returncode == 0, f"the load on {url} failed"
+        assert process.stdout
+        delays: dict[str, float] = json.loads(process.stdout.read())
+    return delays, largest
+
+
+def measure(pid: int, url: str, work: Work) -> Result:
+    memory_before = resident_kb(pid)
+    cpu_before = cpu_seconds(pid)
+    delays, largest = load(url, work, pid)
+    cpu = cpu_seconds(pid) - cpu_before
+    return Result(
+        cpu_us_per_event=1e6 * cpu / work.streams / work.events,
+        cpu_us_per_stream=1e6 * cpu / work.streams,
+        delay_p50_ms=delays["p50"],
+        delay_p99_ms=delays["p99"],
+        kb_per_stream=(largest - memory_before) / work.at_once,
+    )
+
+
+def measure_growth(pid: int, url: str) -> int:
+    """By how many KB a process is larger after 10,000 streams than after 1,000."""
+    load(url, LEAK, pid)
+    after_first = resident_kb(pid)
+    for _ in range(LEAK_REPEATS - 1):
+        load(url, LEAK, pid)
+    return resident_kb(pid) - after_first
+
+
+def median(results: list[Result], field: str) -> float:
+    values: list[float] = [getattr(result, field) for result in results]
+    return statistics.median(values)
+
+
+# ---- Printing --------------------------------------------------------------------------------
+
+Results = dict[str, dict[str, list[Result]]]  # by work, then by server
+
+ROWS = [  # the work, the field, and what the row says
+    ("saturate", "cpu_us_per_event", "CPU per event, as fast as the upstream sends"),
+    ("paced", "cpu_us_per_event", "CPU per event, 100 streams of 50 events/s"),
+    ("short", "cpu_us_per_stream", "CPU per stream of 3 events"),
+    ("paced", "delay_p50_ms", "delay, median, 100 streams of 50 events/s"),
+    ("paced", "delay_p99_ms", "delay, 99th percentile, the same"),
+    ("idle", "delay_p99_ms", "delay, 99th percentile, 1,000 streams of 5 events/s"),
+    ("idle", "kb_per_stream", "memory per open stream, of 1,000"),
+]
+
+
+def cell(field: str, value: float, ours: float | None) -> str:
+    """CPU is given as a multiple of chatstream's; the rest as it was measured."""
+    if field.startswith("cpu"):
+        if ours is not None:
+            return f"{value / ours:.2f} ×"
+        return f"{value:.1f} µs" if value < 100 else f"{value:.0f} µs"
+    if field.startswith("delay"):
+        return f"{value:.2f} ms"
+    return f"{value:.0f} KB"
+
+
+def table(results: Results, servers: list[str]) -> str:
+    lines = [
+        "| | " + " | ".join(LABELS[server] for server in servers) + " |",
+        "|---" * (len(servers) + 1) + "|",
+    ]
+    for work, field, label in ROWS:
+        if work not in results:
+            continue
+        cells = []
+        ours = None
+        for server in servers:
+            value = median(results[work][server], field)
+            cells.append(cell(field, value, ours))
+            if server == "chatstream":
+                ours = value
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+SVG = """\
+<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 {height}" role="img"
+  font-family="system-ui, sans-serif" font-size="14">
+<title>{title}</title>
+<style>
+text {{ fill: #222 }} rect {{ fill: #8a94a6 }} .ours {{ fill: #2563eb }}
+@media (prefers-color-scheme: dark) {{ text {{ fill: #ddd }} .ours {{ fill: #60a5fa }} }}
+</style>
+<text x="8" y="22" font-weight="600">{title}</text>
+{bars}
+</svg>
+"""
+
+
+def draw(values: dict[str, float], title: str) -> str:
+    """Horizontal bars, one a server."""
+    bars = []
+    largest = max(values.values())
+    y = 40
+    for server, value in values.items():
+        width = 380 * value / largest
+        style = ' class="ours"' if server == "chatstream" else ""
+        bars.append(f'<text x="176" y="{y + 16}" text-anchor="end">{LABELS[server]}</text>')
+        bars.append(f'<rect{style} x="184" y="{y}" width="{width:.1f}" height="22" rx="3"/>')
+        bars.append(f'<text x="{width + 192:.1f}" y="{y + 16}">{value:.0f} µs</text>')
+        y += 32
+    return SVG.format(height=y + 4, title=title, bars="\n".join(bars))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", action="append", choices=LABELS, help="a server (repeatable)")
+    parser.add_argument("--work", action="append", choices=[*WORKS, "memory"], help="(repeatable)")
+    parser.add_argument("--runs", type=int, default=3)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    works = arguments.work or [*WORKS, "memory"]
+    results: Results = {work: {} for work in works if work in WORKS}
+    growth = []
+    with ExitStack() as stack:
+        commands = find_servers(stack.enter_context(tempfile.TemporaryDirectory()))
+        servers = [name for name in commands if name in (arguments.only or commands)]
+        port = free_port()
+        upstream = [sys.executable, str(Path(__file__).resolve()), "upstream", str(port)]
+        wait_until_listening(port, stack.enter_context(pinned(upstream, LOAD_CORE)))
+        for run in range(1, arguments.runs + 1):
+            for server in servers:
+                with running_server(commands[server], f"http://127.0.0.1:{port}/v1") as (pid, url):
+                    # A server's first streams cost more than the others.
+                    load(url, Work(streams=20, at_once=5, events=5), pid)
+                    for work, by_server in results.items():
+                        result = measure(pid, url, WORKS[work])
+                        by_server.setdefault(server, []).append(result)
+                        print(f"run {run}, {server}, {work}: {result}", file=sys.stderr)
+                    if server == "chatstream" and run == 1 and "memory" in works:
+                        growth.append(measure_growth(pid, url))
+    if results:
+        print(table(results, servers))
+    for kilobytes in growth:
+        print(f"\nchatstream after 10,000 streams, beside after 1,000: {kilobytes:+} KB")
+    if "paced" in results and "chatstream" in servers and len(servers) > 1:
+        values = {
+            server: median(results["paced"][server], "cpu_us_per_event") for server in servers
+        }
+        title = "CPU per relayed event, 100 streams of 50 events/s (less is better)"
+        (ROOT / ".github/speed.svg").write_text(draw(values, title), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    asyncio.run(serve_upstream() if sys.argv[1:] == ["upstream"] else main())
+    if sys.argv[1:2] == ["upstream"]:
+        asyncio.run(run_upstream(int(sys.argv[2])))
+    elif sys.argv[1:2] == ["load"]:
+        asyncio.run(run_load(sys.argv[2], Work(**json.loads(sys.argv[3]))))
+    else:
+        main()
