@@ -9,6 +9,8 @@ Environment variables:
 
     CHATSTREAM_TEST_PATIENCE=3   waits three times as long before a test fails (slow machines)
     CHATSTREAM_TEST_SLOW=1       also runs what takes more than a minute
+    CHATSTREAM_BROWSER=required  a missing Chromium is a failure; "none" skips the page
+    CHATSTREAM_AXE=axe.min.js    also checks the page with axe-core
 """
 
 from __future__ import annotations
@@ -4901,14 +4903,14 @@ class Page:
         )
 
     async def emulate(self, **features: str) -> None:
-        """Media features, as `prefers_color_scheme="dark"`."""
-        await self.devtools.call(
-            "Emulation.setEmulatedMedia",
-            features=[
-                {"name": name.replace("_", "-"), "value": value}
-                for name, value in features.items()
-            ],
-        )
+        """Sets media features: `prefers_color_scheme="dark"`."""
+        # An animation keeps the browser painting, which slows all tests.
+        chosen = {"prefers_reduced_motion": "reduce"} | features
+        pairs = [
+            {"name": name.replace("_", "-"), "value": value}
+            for name, value in chosen.items()
+        ]
+        await self.devtools.call("Emulation.setEmulatedMedia", features=pairs)
 
 
 def says(words: str, finish_reason: str = "stop") -> Script:
@@ -5032,6 +5034,7 @@ class PageCase(unittest.IsolatedAsyncioTestCase):
             mobile=False,
         )
         await page.devtools.call("Emulation.setFocusEmulationEnabled", enabled=True)
+        await page.emulate()
         return page
 
     async def leave(self, page: Page) -> None:
@@ -5153,6 +5156,7 @@ class Looks(PageCase):
         await page.say("Hello")
         await page.wait_for_text("Once")
         animations = "document.getAnimations({ subtree: true }).length"
+        await page.emulate(prefers_reduced_motion="no-preference")
         self.assertGreater(await page.run(animations), 0)
         await page.emulate(prefers_reduced_motion="reduce")
         self.assertEqual(await page.run(animations), 0)
