@@ -4224,7 +4224,7 @@ class Drain(ServerCase):
     async def test_the_tail_of_a_whole_answer(self) -> None:
         """A client that still takes the tail of a complete answer at the deadline is not told
         that it is broken."""
-        script = sends(text("x" * 900_000), FINISH, DONE)
+        script = sends(text("x" * 900_000) + FINISH + DONE)
         async with self.program(script, drain_seconds=0.2) as program:
             async with connected(program.url, receive_buffer=4096) as client:
                 client.send(http_request(HELLO, headers={"Connection": "close"}))
