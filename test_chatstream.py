@@ -2610,9 +2610,11 @@ class TimeLimits(ServerCase):
             ):
                 victim.send(http_request(HELLO))
                 await victim.read_until(SAID)
+                # A heartbeat may have come before it.
+                while await sound.content.readuntil(b"\n\n") != SAID:
+                    pass
                 with broken_write_buffer(victim):
                     await victim.read_until(b"internal_error")
-                self.assertEqual(await sound.content.readuntil(b"\n\n"), SAID)
                 for _ in range(2):
                     self.assertEqual(await sound.content.readuntil(b"\n\n"), KEEP_ALIVE)
                 await self.assert_outcomes(server.url, failed=1)
@@ -4226,16 +4228,19 @@ class Drain(ServerCase):
     async def test_the_tail_of_a_whole_answer(self) -> None:
         """A client that still takes the tail of a complete answer at the deadline is not told
         that it is broken."""
-        script = sends(text("x" * 900_000), FINISH, DONE)
+        script = sends(text("x" * 900_000) + FINISH + DONE)
         async with self.program(script, drain_seconds=0.2) as program:
             async with connected(program.url, receive_buffer=4096) as client:
                 client.send(http_request(HELLO, headers={"Connection": "close"}))
                 await client.read_until(b"200 OK")
                 program.signal(signal.SIGTERM)
                 await self.until_it_drains(program.url)
-                answer = await client.read_until(b"[DONE]\n\n\r\n0\r\n\r\n")
-                self.assertNotIn(b"server_draining", answer)
-                self.assertEqual((await program.exit()).status, 0)
+                # A second after the deadline even this client is dropped.
+                with suppress(ConnectionError):
+                    self.assertNotIn(b"server_draining", await client.read_to_end())
+            exited = await program.exit()
+        self.assertEqual(exited.status, 0)
+        self.assertNotIn("outcome=drained", exited.stderr)
 
     async def test_a_second_signal(self) -> None:
         """A second signal ends it at once, with status 1; the log is not lost."""
