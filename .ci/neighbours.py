@@ -307,7 +307,11 @@ PROMETHEUS = """
 global: {scrape_interval: 200ms, scrape_timeout: 200ms}
 scrape_configs: [{job_name: chatstream, static_configs: [{targets: ["SERVER"]}]}]
 """
-PROMETHEUS_ARGUMENTS = "--config.file=FOLDER/config --storage.tsdb.path=FOLDER --web.listen-address=127.0.0.1:PORT"
+PROMETHEUS_ARGUMENTS = (
+    "--config.file=FOLDER/config "
+    "--storage.tsdb.path=FOLDER "
+    "--web.listen-address=127.0.0.1:PORT"
+)
 
 
 class Prometheus(Neighbours):
