@@ -5683,7 +5683,7 @@ class Endings(PageCase):
         self.assertIn("No answer: ", answer)
         self.assertRegex(answer, "not an? (event )?stream|no event stream|not a stream")
 
-    async def test_a_proxy_s_error_page(self) -> None:
+    async def test_an_error_page_of_a_proxy(self) -> None:
         """A failure that is no JSON is told by its status."""
         error = sends(b"<html>Bad gateway</html>", status=502, content_type="text/html")
         page = await self.open_other_server(error)
@@ -6134,6 +6134,19 @@ CHANGE_FIELDS = """(stored) => {
 }"""
 
 
+# Breaks the requests, and leaves the page a moment later. From then on none of its timers run,
+# so that it makes no difference how long the new page takes to come.
+BREAK_AND_RELOAD = """{
+    window.isOld = true;
+    window.stop();
+    setTimeout(() => {
+        for (let timer = 0; timer < 10_000; timer += 1) clearTimeout(timer);
+        window.setTimeout = () => 0;
+        location.reload();
+    }, 100);
+}"""
+
+
 class Storage(PageCase):
     async def reload_damaged(self, page: Page, damage: str) -> None:
         """Reloads the page, whose stored state is damaged in between."""
@@ -6169,8 +6182,7 @@ class Storage(PageCase):
         page = await self.open(STALLS)
         await page.say("Hello")
         await page.wait_for_text("Once")
-        # `stop` breaks requests at once, as those browsers do when a reload begins.
-        await page.run("window.isOld = true; window.stop(); location.reload()")
+        await page.run(BREAK_AND_RELOAD)
         await page.wait_for_reload()
         answer = await page.text_of_answer()
         self.assertIn("Once", answer)
