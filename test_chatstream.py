@@ -4363,7 +4363,7 @@ class Demo(ServerCase):
             {"type": "image_url", "image_url": {}},
         ]
         with_parts = {"messages": [{"role": "user", "content": parts}]}
-        async with running_program("--heartbeat-seconds", "0.3", **proxy) as program:
+        async with running_program("--heartbeat-seconds", "2", **proxy) as program:
             models = await self.get(program.url + "/v1/models")
             asked = [
                 self.ask(program.url, HELLO | {"model": model}) for model in DEMO_MODELS
