@@ -12,9 +12,11 @@ import base64
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -24,7 +26,7 @@ import aiohttp
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = ROOT / ".github" / "chatstream.png"
-WIDTH, HEIGHT = 1120, 700
+WIDTH, HEIGHT = 1024, 640
 LARGEST_BYTES = 200_000
 PATIENCE = 120
 QUESTION = "How does a token get from the model to this page?"
@@ -117,6 +119,29 @@ class Page:
         return base64.b64decode(answer["data"])
 
 
+def compressed(png: bytes) -> bytes:
+    """The same picture in fewer bytes: Chromium compresses for speed."""
+    signature = png[:8]
+    chunks = []
+    data = b""
+    position = len(signature)
+    while position < len(png):
+        length, kind = struct.unpack_from(">I4s", png, position)
+        body = png[position + 8 : position + 8 + length]
+        # Each chunk has a length and a kind before its body, and a checksum after it.
+        position += length + 12
+        if kind == b"IDAT":
+            data += body
+        else:
+            chunks.append((kind, body))
+    chunks.insert(-1, (b"IDAT", zlib.compress(zlib.decompress(data), level=9)))
+    parts = [signature]
+    for kind, body in chunks:
+        checksum = struct.pack(">I", zlib.crc32(kind + body))
+        parts += [struct.pack(">I", len(body)), kind, body, checksum]
+    return b"".join(parts)
+
+
 @asynccontextmanager
 async def running(
     *command: str, pattern: str, environment: Any = None
@@ -172,7 +197,7 @@ async def main() -> None:
         await page.evaluate(OPEN_THE_WIRE)
         await page.evaluate(ASK.replace("QUESTION", repr(QUESTION)))
         await page.until(IS_IN_MID_ANSWER)
-        picture = await page.screenshot()
+        picture = compressed(await page.screenshot())
     assert len(picture) < LARGEST_BYTES, (
         f"{len(picture)} bytes are too many for a README"
     )
