@@ -9,6 +9,8 @@ Environment variables:
 
     CHATSTREAM_TEST_PATIENCE=3   waits three times as long before a test fails (slow machines)
     CHATSTREAM_TEST_SLOW=1       also runs what takes more than a minute
+    CHATSTREAM_BROWSER=required  a missing Chromium is a failure; "none" skips the page
+    CHATSTREAM_AXE=axe.min.js    also checks the page with axe-core
 """
 
 from __future__ import annotations
@@ -2511,17 +2513,17 @@ class TimeLimits(ServerCase):
     async def test_dropped_events_are_life(self) -> None:
         """Events that are not forwarded do count."""
         scripts = [
-            pings(event(b"null"), seconds=3, then=sends_rest),
-            pings(event(b"{}"), seconds=3, then=sends_rest),
+            pings(event(b"null"), seconds=2, then=sends_rest),
+            pings(event(b"{}"), seconds=2, then=sends_rest),
         ]
-        asked = [self.answer_to(script, idle_seconds=2) for script in scripts]
+        asked = [self.answer_to(script, idle_seconds=1.5) for script in scripts]
         for answer in await asyncio.gather(*asked):
             self.assertTrue(answer.is_complete, answer.body)
 
     async def test_long_answers_live(self) -> None:
         """As long as events come, no limit ends an answer."""
-        script = pings(SAID, seconds=3, then=sends_rest)
-        answer = await self.answer_to(script, idle_seconds=2, write_seconds=2)
+        script = pings(SAID, seconds=2, then=sends_rest)
+        answer = await self.answer_to(script, idle_seconds=1.5, write_seconds=1.5)
         self.assertTrue(answer.is_complete, answer.body)
 
     async def test_five_seconds_after_the_last_word(self) -> None:
@@ -2551,8 +2553,8 @@ class TimeLimits(ServerCase):
 
     async def test_no_heartbeats_while_events_flow(self) -> None:
         """An answer that flows needs no heartbeat."""
-        script = pings(SAID, seconds=3, then=sends_rest)
-        answer = await self.answer_to(script, heartbeat_seconds=2)
+        script = pings(SAID, seconds=2, then=sends_rest)
+        answer = await self.answer_to(script, heartbeat_seconds=1.5)
         self.assertNotIn(KEEP_ALIVE, answer.body)
 
     async def test_an_error_status_beats_the_heartbeat(self) -> None:
@@ -2608,9 +2610,11 @@ class TimeLimits(ServerCase):
             ):
                 victim.send(http_request(HELLO))
                 await victim.read_until(SAID)
+                # A heartbeat may have come before it.
+                while await sound.content.readuntil(b"\n\n") != SAID:
+                    pass
                 with broken_write_buffer(victim):
                     await victim.read_until(b"internal_error")
-                self.assertEqual(await sound.content.readuntil(b"\n\n"), SAID)
                 for _ in range(2):
                     self.assertEqual(await sound.content.readuntil(b"\n\n"), KEEP_ALIVE)
                 await self.assert_outcomes(server.url, failed=1)
@@ -2698,7 +2702,7 @@ class BackPressure(ServerCase):
     async def test_a_steady_slow_client(self) -> None:
         """A client that takes 60,000 bytes within each write limit, a little at a time, is not
         cut: that is 2,000 bytes a second at the default limit."""
-        write_seconds = 2.0
+        write_seconds = 1.5
         bytes_per_second = 60_000 / write_seconds
         async with serving(floods, write_seconds=write_seconds) as server:
             async with connected(server.url, receive_buffer=8192) as client:
@@ -2706,7 +2710,7 @@ class BackPressure(ServerCase):
                 await client.read_until(b"200 OK")
                 started = time.monotonic()
                 taken = 0
-                while (seconds := time.monotonic() - started) < 3.5 * write_seconds:
+                while (seconds := time.monotonic() - started) < 3 * write_seconds:
                     due = int(bytes_per_second * seconds) - taken
                     taken += len(await within_patience(client.reader.readexactly(due)))
                     await asyncio.sleep(0.1)
@@ -2722,6 +2726,18 @@ class BackPressure(ServerCase):
                 await asyncio.sleep(0.5)
                 metrics = await self.metrics(server.url)
                 self.assertEqual(metrics["chatstream_active_streams"], 1)
+                self.assertEqual(await self.outcomes(server.url), {})
+                await client.read_until(b"[DONE]")
+                await self.assert_outcomes(server.url, completed=1)
+
+    async def test_a_short_tail_counts(self) -> None:
+        """That holds for a tail so short that asyncio itself would not wait for it."""
+        async with serving(sends(text("x" * 60_000), FINISH, DONE)) as server:
+            async with connected(server.url, receive_buffer=4096) as client:
+                client.send(http_request(HELLO))
+                call = await server.upstream.next_call()
+                await eventually(lambda: call.bytes_sent > 60_000)
+                await asyncio.sleep(0.5)
                 self.assertEqual(await self.outcomes(server.url), {})
                 await client.read_until(b"[DONE]")
                 await self.assert_outcomes(server.url, completed=1)
@@ -3772,7 +3788,7 @@ class ReadSettings(unittest.TestCase):
             with self.subTest(bad.variable, value=bad.value):
                 message = self.refusal({bad.variable: bad.value}).splitlines()[-1]
                 self.assert_names(message, bad.variable)
-                self.assertIn(bad.value, message)
+                self.assertIn(bad.value.rstrip("/"), message)
 
     def test_bad_flags(self) -> None:
         """A bad flag is refused, also beside a good variable."""
@@ -4212,16 +4228,19 @@ class Drain(ServerCase):
     async def test_the_tail_of_a_whole_answer(self) -> None:
         """A client that still takes the tail of a complete answer at the deadline is not told
         that it is broken."""
-        script = sends(text("x" * 900_000), FINISH, DONE)
+        script = sends(text("x" * 900_000) + FINISH + DONE)
         async with self.program(script, drain_seconds=0.2) as program:
             async with connected(program.url, receive_buffer=4096) as client:
                 client.send(http_request(HELLO, headers={"Connection": "close"}))
                 await client.read_until(b"200 OK")
                 program.signal(signal.SIGTERM)
                 await self.until_it_drains(program.url)
-                answer = await client.read_until(b"[DONE]\n\n\r\n0\r\n\r\n")
-                self.assertNotIn(b"server_draining", answer)
-                self.assertEqual((await program.exit()).status, 0)
+                # A second after the deadline even this client is dropped.
+                with suppress(ConnectionError):
+                    self.assertNotIn(b"server_draining", await client.read_to_end())
+            exited = await program.exit()
+        self.assertEqual(exited.status, 0)
+        self.assertNotIn("outcome=drained", exited.stderr)
 
     async def test_a_second_signal(self) -> None:
         """A second signal ends it at once, with status 1; the log is not lost."""
@@ -4535,10 +4554,6 @@ class Readme(unittest.TestCase):
         for path in named:
             with self.subTest(path):
                 self.assertTrue((HERE / path.partition("#")[0]).exists())
-
-
-# ---- The page, in Chromium ---------------------------------------------------
-# The tests of the page follow here. They use the same upstream and `serving`.
 
 
 # ---- The page, in a real browser ---------------------------------------------------------
@@ -4893,14 +4908,14 @@ class Page:
         )
 
     async def emulate(self, **features: str) -> None:
-        """Media features, as `prefers_color_scheme="dark"`."""
-        await self.devtools.call(
-            "Emulation.setEmulatedMedia",
-            features=[
-                {"name": name.replace("_", "-"), "value": value}
-                for name, value in features.items()
-            ],
-        )
+        """Sets media features: `prefers_color_scheme="dark"`."""
+        # An animation keeps the browser painting, which slows all tests.
+        chosen = {"prefers_reduced_motion": "reduce"} | features
+        pairs = [
+            {"name": name.replace("_", "-"), "value": value}
+            for name, value in chosen.items()
+        ]
+        await self.devtools.call("Emulation.setEmulatedMedia", features=pairs)
 
 
 def says(words: str, finish_reason: str = "stop") -> Script:
@@ -5024,6 +5039,7 @@ class PageCase(unittest.IsolatedAsyncioTestCase):
             mobile=False,
         )
         await page.devtools.call("Emulation.setFocusEmulationEnabled", enabled=True)
+        await page.emulate()
         return page
 
     async def leave(self, page: Page) -> None:
@@ -5145,6 +5161,7 @@ class Looks(PageCase):
         await page.say("Hello")
         await page.wait_for_text("Once")
         animations = "document.getAnimations({ subtree: true }).length"
+        await page.emulate(prefers_reduced_motion="no-preference")
         self.assertGreater(await page.run(animations), 0)
         await page.emulate(prefers_reduced_motion="reduce")
         self.assertEqual(await page.run(animations), 0)
@@ -5666,7 +5683,7 @@ class Endings(PageCase):
         self.assertIn("No answer: ", answer)
         self.assertRegex(answer, "not an? (event )?stream|no event stream|not a stream")
 
-    async def test_a_proxy_s_error_page(self) -> None:
+    async def test_an_error_page_of_a_proxy(self) -> None:
         """A failure that is no JSON is told by its status."""
         error = sends(b"<html>Bad gateway</html>", status=502, content_type="text/html")
         page = await self.open_other_server(error)
@@ -6117,6 +6134,19 @@ CHANGE_FIELDS = """(stored) => {
 }"""
 
 
+# Breaks the requests, and leaves the page a moment later. From then on none of its timers run,
+# so that it makes no difference how long the new page takes to come.
+BREAK_AND_RELOAD = """{
+    window.isOld = true;
+    window.stop();
+    setTimeout(() => {
+        for (let timer = 0; timer < 10_000; timer += 1) clearTimeout(timer);
+        window.setTimeout = () => 0;
+        location.reload();
+    }, 100);
+}"""
+
+
 class Storage(PageCase):
     async def reload_damaged(self, page: Page, damage: str) -> None:
         """Reloads the page, whose stored state is damaged in between."""
@@ -6152,8 +6182,7 @@ class Storage(PageCase):
         page = await self.open(STALLS)
         await page.say("Hello")
         await page.wait_for_text("Once")
-        # `stop` breaks requests at once, as those browsers do when a reload begins.
-        await page.run("window.isOld = true; window.stop(); location.reload()")
+        await page.run(BREAK_AND_RELOAD)
         await page.wait_for_reload()
         answer = await page.text_of_answer()
         self.assertIn("Once", answer)
