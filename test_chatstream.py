@@ -2513,17 +2513,17 @@ class TimeLimits(ServerCase):
     async def test_dropped_events_are_life(self) -> None:
         """Events that are not forwarded do count."""
         scripts = [
-            pings(event(b"null"), seconds=3, then=sends_rest),
-            pings(event(b"{}"), seconds=3, then=sends_rest),
+            pings(event(b"null"), seconds=2, then=sends_rest),
+            pings(event(b"{}"), seconds=2, then=sends_rest),
         ]
-        asked = [self.answer_to(script, idle_seconds=2) for script in scripts]
+        asked = [self.answer_to(script, idle_seconds=1.5) for script in scripts]
         for answer in await asyncio.gather(*asked):
             self.assertTrue(answer.is_complete, answer.body)
 
     async def test_long_answers_live(self) -> None:
         """As long as events come, no limit ends an answer."""
-        script = pings(SAID, seconds=3, then=sends_rest)
-        answer = await self.answer_to(script, idle_seconds=2, write_seconds=2)
+        script = pings(SAID, seconds=2, then=sends_rest)
+        answer = await self.answer_to(script, idle_seconds=1.5, write_seconds=1.5)
         self.assertTrue(answer.is_complete, answer.body)
 
     async def test_five_seconds_after_the_last_word(self) -> None:
@@ -2553,8 +2553,8 @@ class TimeLimits(ServerCase):
 
     async def test_no_heartbeats_while_events_flow(self) -> None:
         """An answer that flows needs no heartbeat."""
-        script = pings(SAID, seconds=3, then=sends_rest)
-        answer = await self.answer_to(script, heartbeat_seconds=2)
+        script = pings(SAID, seconds=2, then=sends_rest)
+        answer = await self.answer_to(script, heartbeat_seconds=1.5)
         self.assertNotIn(KEEP_ALIVE, answer.body)
 
     async def test_an_error_status_beats_the_heartbeat(self) -> None:
@@ -2610,9 +2610,11 @@ class TimeLimits(ServerCase):
             ):
                 victim.send(http_request(HELLO))
                 await victim.read_until(SAID)
+                # A heartbeat may have come before it.
+                while await sound.content.readuntil(b"\n\n") != SAID:
+                    pass
                 with broken_write_buffer(victim):
                     await victim.read_until(b"internal_error")
-                self.assertEqual(await sound.content.readuntil(b"\n\n"), SAID)
                 for _ in range(2):
                     self.assertEqual(await sound.content.readuntil(b"\n\n"), KEEP_ALIVE)
                 await self.assert_outcomes(server.url, failed=1)
@@ -2700,7 +2702,7 @@ class BackPressure(ServerCase):
     async def test_a_steady_slow_client(self) -> None:
         """A client that takes 60,000 bytes within each write limit, a little at a time, is not
         cut: that is 2,000 bytes a second at the default limit."""
-        write_seconds = 2.0
+        write_seconds = 1.5
         bytes_per_second = 60_000 / write_seconds
         async with serving(floods, write_seconds=write_seconds) as server:
             async with connected(server.url, receive_buffer=8192) as client:
@@ -2708,7 +2710,7 @@ class BackPressure(ServerCase):
                 await client.read_until(b"200 OK")
                 started = time.monotonic()
                 taken = 0
-                while (seconds := time.monotonic() - started) < 3.5 * write_seconds:
+                while (seconds := time.monotonic() - started) < 3 * write_seconds:
                     due = int(bytes_per_second * seconds) - taken
                     taken += len(await within_patience(client.reader.readexactly(due)))
                     await asyncio.sleep(0.1)
@@ -2724,6 +2726,18 @@ class BackPressure(ServerCase):
                 await asyncio.sleep(0.5)
                 metrics = await self.metrics(server.url)
                 self.assertEqual(metrics["chatstream_active_streams"], 1)
+                self.assertEqual(await self.outcomes(server.url), {})
+                await client.read_until(b"[DONE]")
+                await self.assert_outcomes(server.url, completed=1)
+
+    async def test_a_short_tail_counts(self) -> None:
+        """That holds for a tail so short that asyncio itself would not wait for it."""
+        async with serving(sends(text("x" * 60_000), FINISH, DONE)) as server:
+            async with connected(server.url, receive_buffer=4096) as client:
+                client.send(http_request(HELLO))
+                call = await server.upstream.next_call()
+                await eventually(lambda: call.bytes_sent > 60_000)
+                await asyncio.sleep(0.5)
                 self.assertEqual(await self.outcomes(server.url), {})
                 await client.read_until(b"[DONE]")
                 await self.assert_outcomes(server.url, completed=1)
@@ -3774,7 +3788,7 @@ class ReadSettings(unittest.TestCase):
             with self.subTest(bad.variable, value=bad.value):
                 message = self.refusal({bad.variable: bad.value}).splitlines()[-1]
                 self.assert_names(message, bad.variable)
-                self.assertIn(bad.value, message)
+                self.assertIn(bad.value.rstrip("/"), message)
 
     def test_bad_flags(self) -> None:
         """A bad flag is refused, also beside a good variable."""
@@ -4214,16 +4228,19 @@ class Drain(ServerCase):
     async def test_the_tail_of_a_whole_answer(self) -> None:
         """A client that still takes the tail of a complete answer at the deadline is not told
         that it is broken."""
-        script = sends(text("x" * 900_000), FINISH, DONE)
+        script = sends(text("x" * 900_000) + FINISH + DONE)
         async with self.program(script, drain_seconds=0.2) as program:
             async with connected(program.url, receive_buffer=4096) as client:
                 client.send(http_request(HELLO, headers={"Connection": "close"}))
                 await client.read_until(b"200 OK")
                 program.signal(signal.SIGTERM)
                 await self.until_it_drains(program.url)
-                answer = await client.read_until(b"[DONE]\n\n\r\n0\r\n\r\n")
-                self.assertNotIn(b"server_draining", answer)
-                self.assertEqual((await program.exit()).status, 0)
+                # A second after the deadline even this client is dropped.
+                with suppress(ConnectionError):
+                    self.assertNotIn(b"server_draining", await client.read_to_end())
+            exited = await program.exit()
+        self.assertEqual(exited.status, 0)
+        self.assertNotIn("outcome=drained", exited.stderr)
 
     async def test_a_second_signal(self) -> None:
         """A second signal ends it at once, with status 1; the log is not lost."""
@@ -4346,7 +4363,7 @@ class Demo(ServerCase):
             {"type": "image_url", "image_url": {}},
         ]
         with_parts = {"messages": [{"role": "user", "content": parts}]}
-        async with running_program("--heartbeat-seconds", "0.3", **proxy) as program:
+        async with running_program("--heartbeat-seconds", "2", **proxy) as program:
             models = await self.get(program.url + "/v1/models")
             asked = [
                 self.ask(program.url, HELLO | {"model": model}) for model in DEMO_MODELS

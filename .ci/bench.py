@@ -116,7 +116,9 @@ async def send_paced(writer: asyncio.StreamWriter, events: int, pause: float) ->
         await asyncio.sleep(due - time.monotonic())
 
 
-async def answer_requests(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def answer_requests(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
     """Answers every request of one connection as its message says."""
     with suppress(ConnectionError, asyncio.IncompleteReadError):
         while True:
@@ -136,17 +138,25 @@ async def answer_requests(reader: asyncio.StreamReader, writer: asyncio.StreamWr
 
 
 async def run_upstream(port: int) -> None:
-    server = await asyncio.start_server(answer_requests, "127.0.0.1", port, backlog=1000)
+    server = await asyncio.start_server(
+        answer_requests, "127.0.0.1", port, backlog=1000
+    )
     await server.serve_forever()
 
 
 # ---- The clients -----------------------------------------------------------------------------
 
 
-async def read_stream(client: aiohttp.ClientSession, url: str, work: Work) -> list[float]:
+async def read_stream(
+    client: aiohttp.ClientSession, url: str, work: Work
+) -> list[float]:
     """The delay of each event of one stream, in ms."""
     content = json.dumps([work.events, work.pause])
-    body = {"model": "m", "stream": True, "messages": [{"role": "user", "content": content}]}
+    body = {
+        "model": "m",
+        "stream": True,
+        "messages": [{"role": "user", "content": content}],
+    }
     delays = []
     pending = b""
     async with client.post(url, json=body) as response:
@@ -231,7 +241,10 @@ def free_port() -> int:
 
 @contextmanager
 def pinned(
-    command: list[str], core: int, environment: dict[str, str] | None = None, **options: Any
+    command: list[str],
+    core: int,
+    environment: dict[str, str] | None = None,
+    **options: Any,
 ) -> Iterator[subprocess.Popen[str]]:
     """A process that runs on this core only, from its first instruction to the block's end."""
     process = subprocess.Popen(
@@ -272,7 +285,11 @@ def running_server(command: list[str], upstream: str) -> Iterator[tuple[int, str
         "PYTHONDEVMODE": "",
     }
     with pinned(
-        command, SERVER_CORE, environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command,
+        SERVER_CORE,
+        environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     ) as process:
         wait_until_listening(port, process)
         yield process.pid, f"http://127.0.0.1:{port}/stream"
@@ -304,7 +321,13 @@ class Result:
 
 def load(url: str, work: Work, pid: int) -> tuple[dict[str, float], int]:
     """Runs this work; gives the delays, and the server's largest memory meanwhile, in KB."""
-    command = [sys.executable, str(Path(__file__).resolve()), "load", url, json.dumps(asdict(work))]
+    command = [
+        sys.executable,
+        str(Path(__file__).resolve()),
+        "load",
+        url,
+        json.dumps(asdict(work)),
+    ]
     largest = 0
     environment = {"PYTHONDEVMODE": ""}
     with pinned(command, LOAD_CORE, environment, stdout=subprocess.PIPE) as process:
@@ -412,8 +435,12 @@ def draw(values: dict[str, float], title: str) -> str:
     for server, value in values.items():
         width = 380 * value / largest
         style = ' class="ours"' if server == "chatstream" else ""
-        bars.append(f'<text x="176" y="{y + 16}" text-anchor="end">{LABELS[server]}</text>')
-        bars.append(f'<rect{style} x="184" y="{y}" width="{width:.1f}" height="22" rx="3"/>')
+        bars.append(
+            f'<text x="176" y="{y + 16}" text-anchor="end">{LABELS[server]}</text>'
+        )
+        bars.append(
+            f'<rect{style} x="184" y="{y}" width="{width:.1f}" height="22" rx="3"/>'
+        )
         bars.append(f'<text x="{width + 192:.1f}" y="{y + 16}">{value:.0f} µs</text>')
         y += 32
     return SVG.format(height=y + 4, title=title, bars="\n".join(bars))
@@ -423,8 +450,12 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", action="append", choices=LABELS, help="a server (repeatable)")
-    parser.add_argument("--work", action="append", choices=[*WORKS, "memory"], help="(repeatable)")
+    parser.add_argument(
+        "--only", action="append", choices=LABELS, help="a server (repeatable)"
+    )
+    parser.add_argument(
+        "--work", action="append", choices=[*WORKS, "memory"], help="(repeatable)"
+    )
     parser.add_argument("--runs", type=int, default=3)
     return parser.parse_args()
 
@@ -438,11 +469,18 @@ def main() -> None:
         commands = find_servers(stack.enter_context(tempfile.TemporaryDirectory()))
         servers = [name for name in commands if name in (arguments.only or commands)]
         port = free_port()
-        upstream = [sys.executable, str(Path(__file__).resolve()), "upstream", str(port)]
+        upstream = [
+            sys.executable,
+            str(Path(__file__).resolve()),
+            "upstream",
+            str(port),
+        ]
         wait_until_listening(port, stack.enter_context(pinned(upstream, LOAD_CORE)))
         for run in range(1, arguments.runs + 1):
             for server in servers:
-                with running_server(commands[server], f"http://127.0.0.1:{port}/v1") as (pid, url):
+                with running_server(
+                    commands[server], f"http://127.0.0.1:{port}/v1"
+                ) as (pid, url):
                     # A server's first streams cost more than the others.
                     load(url, Work(streams=20, at_once=5, events=5), pid)
                     for work, by_server in results.items():
@@ -454,10 +492,13 @@ def main() -> None:
     if results:
         print(table(results, servers))
     for kilobytes in growth:
-        print(f"\nchatstream after 10,000 streams, beside after 1,000: {kilobytes:+} KB")
+        print(
+            f"\nchatstream after 10,000 streams, beside after 1,000: {kilobytes:+} KB"
+        )
     if "paced" in results and "chatstream" in servers and len(servers) > 1:
         values = {
-            server: median(results["paced"][server], "cpu_us_per_event") for server in servers
+            server: median(results["paced"][server], "cpu_us_per_event")
+            for server in servers
         }
         title = "CPU per relayed event, 100 streams of 50 events/s (less is better)"
         (ROOT / ".github/speed.svg").write_text(draw(values, title), encoding="utf-8")

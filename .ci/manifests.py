@@ -35,7 +35,9 @@ def dropped(given: Any, kept: Any, where: str) -> Iterator[str]:
 
 
 def main() -> None:
-    text = Path(__file__).resolve().parent.parent.joinpath("README.md").read_text("utf-8")
+    text = (
+        Path(__file__).resolve().parent.parent.joinpath("README.md").read_text("utf-8")
+    )
     oldest = re.search(r"needs Kubernetes (1\.\d+) or newer", text)
     assert oldest, "README.md does not say which Kubernetes it needs"
     versions = [oldest[1], str(kubernetes_validate.latest_version())]
@@ -45,13 +47,17 @@ def main() -> None:
     for document in documents:
         if document["apiVersion"].startswith("keda.sh/"):
             model = ScaledObject.model_validate(document)
-            unknown = list(dropped(document, model.model_dump(mode="json", by_alias=True), ""))
+            unknown = list(
+                dropped(document, model.model_dump(mode="json", by_alias=True), "")
+            )
             assert not unknown, f"KEDA knows no {unknown}"
             print(f"{document['kind']}: accepted by KEDA")
         else:
             for version in versions:
                 kubernetes_validate.validate(document, version, strict=True)
-            print(f"{document['kind']}: accepted by Kubernetes {' and '.join(versions)}")
+            print(
+                f"{document['kind']}: accepted by Kubernetes {' and '.join(versions)}"
+            )
 
 
 if __name__ == "__main__":

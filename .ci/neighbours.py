@@ -63,8 +63,12 @@ from test_chatstream import (
 
 ROOT = Path(__file__).resolve().parent.parent
 MESSAGES: Any = HELLO["messages"]
-OVERLOADED = {"error": {"message": "Overloaded", "type": "overloaded_error", "code": "busy"}}
-SLOW_DOWN = {"error": {"message": "Slow down", "type": "tokens", "code": "rate_limit_exceeded"}}
+OVERLOADED = {
+    "error": {"message": "Overloaded", "type": "overloaded_error", "code": "busy"}
+}
+SLOW_DOWN = {
+    "error": {"message": "Slow down", "type": "tokens", "code": "rate_limit_exceeded"}
+}
 COMPLETION = WHOLE_ANSWER | {"created": 1_750_000_000, "model": "m"}
 
 # Failures that an SDK would repeat by itself, though the upstream has been paid for them.
@@ -90,7 +94,9 @@ def command(name: str) -> str:
 def readme_block(language: str) -> str:
     """The README's one example in this language."""
     readme = (ROOT / "README.md").read_text("utf-8")
-    (block,) = re.findall(rf"^```{language}\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)
+    (block,) = re.findall(
+        rf"^```{language}\n(.*?)^```", readme, re.DOTALL | re.MULTILINE
+    )
     return str(block)
 
 
@@ -118,7 +124,9 @@ async def output(*words: str, stdin: str = "") -> str:
     process = await asyncio.create_subprocess_exec(
         *words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    printed, _ = await asyncio.wait_for(process.communicate(stdin.encode()), 2 * PATIENCE)
+    printed, _ = await asyncio.wait_for(
+        process.communicate(stdin.encode()), 2 * PATIENCE
+    )
     assert process.returncode == 0, printed.decode()
     return printed.decode()
 
@@ -141,7 +149,11 @@ class Neighbours(ServerCase):
         with tempfile.TemporaryDirectory() as folder:
             with socket.create_server(("127.0.0.1", 0)) as probe:
                 port = probe.getsockname()[1]
-            values = {"SERVER": urlsplit(server.url).netloc, "FOLDER": folder, "PORT": str(port)}
+            values = {
+                "SERVER": urlsplit(server.url).netloc,
+                "FOLDER": folder,
+                "PORT": str(port),
+            }
             for word, value in values.items():
                 config = config.replace(word, value)
                 arguments = arguments.replace(word, value)
@@ -151,7 +163,9 @@ class Neighbours(ServerCase):
                 await self.wait_for_answer(process, url + ready)
                 yield url
 
-    async def wait_for_answer(self, process: asyncio.subprocess.Process, url: str) -> None:
+    async def wait_for_answer(
+        self, process: asyncio.subprocess.Process, url: str
+    ) -> None:
         async with asyncio.timeout(PATIENCE):
             while True:
                 self.assertIsNone(process.returncode, f"the program at {url} has ended")
@@ -230,7 +244,9 @@ class Nginx(Neighbours):
         config = NGINX.replace("LOCATIONS", locations)
         async with (
             serving(allowed_hosts="chat.example.org") as server,
-            self.configured("nginx", "-p FOLDER -c FOLDER/config", config, server) as url,
+            self.configured(
+                "nginx", "-p FOLDER -c FOLDER/config", config, server
+            ) as url,
         ):
             yield server, url
 
@@ -268,7 +284,9 @@ class HAProxy(Neighbours):
     async def behind_haproxy(self) -> AsyncIterator[tuple[Server, str]]:
         async with (
             serving() as server,
-            self.configured("haproxy", "-q -db -f FOLDER/config", HAPROXY, server) as url,
+            self.configured(
+                "haproxy", "-q -db -f FOLDER/config", HAPROXY, server
+            ) as url,
         ):
             yield server, url
 
@@ -290,7 +308,9 @@ global: {scrape_interval: 200ms, scrape_timeout: 200ms}
 scrape_configs: [{job_name: chatstream, static_configs: [{targets: ["SERVER"]}]}]
 """
 PROMETHEUS_ARGUMENTS = (
-    "--config.file=FOLDER/config --storage.tsdb.path=FOLDER --web.listen-address=127.0.0.1:PORT"
+    "--config.file=FOLDER/config "
+    "--storage.tsdb.path=FOLDER "
+    "--web.listen-address=127.0.0.1:PORT"
 )
 
 
@@ -301,7 +321,9 @@ class Prometheus(Neighbours):
             await self.ask(server.url)
             metrics = (await self.get(server.url + "/metrics")).body.decode()
         self.assertIn("chatstream_active_streams", metrics)
-        self.assertEqual(await output(command("promtool"), "check", "metrics", stdin=metrics), "")
+        self.assertEqual(
+            await output(command("promtool"), "check", "metrics", stdin=metrics), ""
+        )
 
     async def test_scrape(self) -> None:
         """Prometheus: sees the stream that is running"""
@@ -313,7 +335,11 @@ class Prometheus(Neighbours):
             await stream.content.readuntil(b"\n\n")
             async with (
                 self.configured(
-                    "prometheus", PROMETHEUS_ARGUMENTS, PROMETHEUS, server, ready="/-/ready"
+                    "prometheus",
+                    PROMETHEUS_ARGUMENTS,
+                    PROMETHEUS,
+                    server,
+                    ready="/-/ready",
                 ) as url,
                 asyncio.timeout(PATIENCE),
             ):
@@ -336,7 +362,9 @@ async def streamed_text(url: str) -> str:
     """What OpenAI's SDK makes of a streamed answer."""
     words = []
     async with openai_client(url) as client:
-        stream = await client.chat.completions.create(model="m", messages=MESSAGES, stream=True)
+        stream = await client.chat.completions.create(
+            model="m", messages=MESSAGES, stream=True
+        )
         async for chunk in stream:
             words += [choice.delta.content or "" for choice in chunk.choices]
     return "".join(words)
@@ -416,7 +444,9 @@ class Frameworks(Neighbours):
             openai_client(server.url) as client,
         ):
             model = agents.OpenAIChatCompletionsModel(model="m", openai_client=client)
-            result = await agents.Runner.run(agents.Agent(name="one", model=model), "Hello")
+            result = await agents.Runner.run(
+                agents.Agent(name="one", model=model), "Hello"
+            )
         self.assertEqual(result.final_output, "Hi")
 
 
@@ -484,7 +514,9 @@ console.log(JSON.stringify(result));
 async def run_javascript(module: str, *arguments: str) -> str:
     """What a JavaScript module prints. Node looks for imports only beside the file."""
     modules = Path(os.environ.get("NODE_PATH", "")).resolve()
-    assert (modules / "openai").is_dir(), "missing: the npm package openai, in NODE_PATH"
+    assert (modules / "openai").is_dir(), (
+        "missing: the npm package openai, in NODE_PATH"
+    )
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "node_modules").symlink_to(modules)
         Path(folder, "client.mjs").write_text(module, encoding="utf-8")
@@ -492,7 +524,9 @@ async def run_javascript(module: str, *arguments: str) -> str:
 
 
 async def javascript_client(url: str, mode: str) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads(await run_javascript(JAVASCRIPT_CLIENT, url, mode))
+    result: dict[str, Any] = json.loads(
+        await run_javascript(JAVASCRIPT_CLIENT, url, mode)
+    )
     return result
 
 
@@ -501,7 +535,9 @@ class OpenAIJavaScript(Neighbours):
         """OpenAI's SDK for JavaScript: streams an answer"""
         async with serving(streams("Hello, ", "wörld")) as server:
             result = await javascript_client(server.url, "stream")
-        self.assertEqual(result, {"text": "Hello, wörld", "code": None, "message": None})
+        self.assertEqual(
+            result, {"text": "Hello, wörld", "code": None, "message": None}
+        )
 
     async def test_whole_answer(self) -> None:
         """OpenAI's SDK for JavaScript: the default call returns a completion"""
@@ -524,7 +560,9 @@ class OpenAIJavaScript(Neighbours):
 
     async def test_paid_stream(self) -> None:
         """OpenAI's SDK for JavaScript: a stream that failed is not paid for again"""
-        async with serving(PAID_FAILURES["an end in the middle of the first event"]) as server:
+        async with serving(
+            PAID_FAILURES["an end in the middle of the first event"]
+        ) as server:
             result = await javascript_client(server.url, "stream")
             self.assertEqual(len(server.upstream.calls), 1)
         self.assertEqual(result["code"], "stream_truncated")
@@ -541,7 +579,9 @@ class OpenAIJavaScript(Neighbours):
         example = readme_block("js")
         self.assertIn("http://localhost:8080", example)
         async with running_program() as demo:
-            printed = await run_javascript(example.replace("http://localhost:8080", demo.url))
+            printed = await run_javascript(
+                example.replace("http://localhost:8080", demo.url)
+            )
         self.assertIn("demo", printed)
 
 
@@ -566,11 +606,15 @@ class Llama(Neighbours):
     async def in_front_of_llama(self) -> AsyncIterator[tuple[str, Server]]:
         """The address of llama.cpp, and chatstream in front of it."""
         with tempfile.TemporaryDirectory() as folder:
-            async with started(sys.executable, "-c", LLAMA, f"{folder}/model.gguf") as process:
+            async with started(
+                sys.executable, "-c", LLAMA, f"{folder}/model.gguf"
+            ) as process:
                 assert process.stdout
                 line = await asyncio.wait_for(process.stdout.readline(), 3 * PATIENCE)
                 llama = line.decode().strip()
-                self.assertTrue(llama.startswith("http"), "llama.cpp's server did not start")
+                self.assertTrue(
+                    llama.startswith("http"), "llama.cpp's server did not start"
+                )
                 async with serving(base_url=f"{llama}/v1", model="*") as server:
                     yield llama, server
 

@@ -51,10 +51,14 @@ class Balancer:
         self.server = await asyncio.start_server(self.connect, "127.0.0.1", 0)
         return f"http://127.0.0.1:{self.server.sockets[0].getsockname()[1]}"
 
-    async def connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def connect(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         port = min(self.ports, key=self.connections.__getitem__)
         self.connections[port] += 1
-        backend_reader, backend_writer = await asyncio.open_connection("127.0.0.1", port)
+        backend_reader, backend_writer = await asyncio.open_connection(
+            "127.0.0.1", port
+        )
         pumps = [
             asyncio.create_task(self.pump(reader, backend_writer)),
             asyncio.create_task(self.pump(backend_reader, writer)),
@@ -65,7 +69,9 @@ class Balancer:
         writer.close()
         await asyncio.wait(pumps)
 
-    async def pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+    async def pump(
+        self, source: asyncio.StreamReader, sink: asyncio.StreamWriter
+    ) -> None:
         with suppress(ConnectionError):
             while data := await source.read(65536):
                 sink.write(data)
@@ -149,7 +155,10 @@ async def main() -> None:
         for number, old in enumerate(olds, 1):
             new = await start_process()
             async with asyncio.timeout(PATIENCE):
-                print(f"process {number}:", await replace(old, new, balancer, url, may_end))
+                print(
+                    f"process {number}:",
+                    await replace(old, new, balancer, url, may_end),
+                )
 
 
 if __name__ == "__main__":

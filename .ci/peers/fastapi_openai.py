@@ -29,7 +29,9 @@ async def relay(body):
 
 @app.post("/stream")
 async def stream(request: Request):
-    return StreamingResponse(relay(await request.json()), media_type="text/event-stream")
+    return StreamingResponse(
+        relay(await request.json()), media_type="text/event-stream"
+    )
 
 
 uvicorn.run(app, port=int(os.environ["PORT"]), access_log=False, log_level="error")

@@ -16,15 +16,22 @@ async def main() -> None:
 
         async def pump(request: web.BaseRequest) -> web.StreamResponse:
             body = await request.read()
-            headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+            headers = {
+                "Content-Type": "application/json",
+                "Accept-Encoding": "identity",
+            }
             async with session.post(UPSTREAM, data=body, headers=headers) as upstream:
-                response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+                response = web.StreamResponse(
+                    headers={"Content-Type": "text/event-stream"}
+                )
                 await response.prepare(request)
                 async for data in upstream.content.iter_any():
                     await response.write(data)
                 return response
 
-        runner = web.ServerRunner(web.Server(pump, handler_cancellation=True, access_log=None))
+        runner = web.ServerRunner(
+            web.Server(pump, handler_cancellation=True, access_log=None)
+        )
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", int(os.environ["PORT"])).start()
         await asyncio.Event().wait()

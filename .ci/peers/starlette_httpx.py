@@ -26,7 +26,9 @@ async def relay(request_body):
 
 
 async def stream(request):
-    return StreamingResponse(relay(await request.body()), media_type="text/event-stream")
+    return StreamingResponse(
+        relay(await request.body()), media_type="text/event-stream"
+    )
 
 
 app = Starlette(routes=[Route("/stream", stream, methods=["POST"])])
