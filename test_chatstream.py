@@ -5311,12 +5311,10 @@ class Composer(PageCase):
         ratio = await page.run(
             """(() => {
                 const composer = document.activeElement;
-                const bare = composer.cloneNode();
-                bare.removeAttribute("id");
-                bare.style.cssText = "all: revert; overflow-wrap: anywhere";
-                const label = composer.parentNode.appendChild(document.createElement("label"));
-                label.append(bare);
-                const text = "Some words that fill a line. ".repeat(3500);
+                const bare = document.createElement("textarea");
+                bare.style.width = "100%";
+                composer.parentNode.append(bare);
+                const text = "Some words that fill a line. ".repeat(1000);
                 const cost = (box) => {
                     const begin = performance.now();
                     box.value = text;
@@ -6140,16 +6138,26 @@ CHANGE_FIELDS = """(stored) => {
 }"""
 
 
+# A request of the same kind, which shows when the page has learnt that its own is broken.
+SECOND_REQUEST = """{
+    const body = JSON.stringify({ messages: [{ role: "user", content: "Hello" }] });
+    const headers = { "Content-Type": "application/json" };
+    const response = fetch("stream", { method: "POST", headers, body });
+    window.secondRequest = response.then((answer) => answer.text());
+    void 0;
+}"""
 # Breaks the requests, and leaves the page a moment later. From then on none of its timers run,
 # so that it makes no difference how long the new page takes to come.
 BREAK_AND_RELOAD = """{
     window.isOld = true;
     window.stop();
-    setTimeout(() => {
+    const leave = () => {
         for (let timer = 0; timer < 10_000; timer += 1) clearTimeout(timer);
         window.setTimeout = () => 0;
         location.reload();
-    }, 100);
+    };
+    window.secondRequest.catch(() => setTimeout(leave, 50));
+    void 0;
 }"""
 
 
@@ -6188,6 +6196,8 @@ class Storage(PageCase):
         page = await self.open(STALLS)
         await page.say("Hello")
         await page.wait_for_text("Once")
+        await page.run(SECOND_REQUEST)
+        await eventually(lambda: len(self.calls) == 2)
         await page.run(BREAK_AND_RELOAD)
         await page.wait_for_reload()
         answer = await page.text_of_answer()
