@@ -3027,7 +3027,9 @@ BAD_BODIES = [
         "a number without end", b'{"messages":%b,"x":1e999}' % USER, 400, "invalid_json"
     ),
     BadBody("deep nesting", b"[" * 100_000, 400, "invalid_json"),
-    BadBody("deep nesting, closed", b"[" * 500_000 + b"]" * 500_000, 400, "invalid_json"),
+    BadBody(
+        "deep nesting, closed", b"[" * 500_000 + b"]" * 500_000, 400, "invalid_json"
+    ),
     BadBody("a list", b"[]", 400, "invalid_request"),
     BadBody("a text", b'"Hello"', 400, "invalid_request"),
     BadBody("no messages", b"{}", 400, "invalid_messages"),
