@@ -2,19 +2,21 @@
 # requires-python = ">=3.11"
 # dependencies = ["aiohttp>=3.14.2,<4"]
 # ///
-"""chatstream: a streaming chat server in one file beside its page, to run, read and copy from.
+"""chatstream: a streaming chat server in one file, to run, to read and to copy from.
 
-    pip install "aiohttp>=3.14.2,<4" && python chatstream.py   # then open http://localhost:8080
+    pip install "aiohttp>=3.14.2,<4"
+    python chatstream.py               # then open http://localhost:8080
 
-The path of a token, from the upstream (any OpenAI-compatible model server) to the client:
+The path of a token, from the upstream (any OpenAI-compatible server) to the client:
 
     upstream ──bytes──> EventParser ──events──> Relay ──`data: {…}↵↵`──> client
-        ^               lines, any split        what may go out              │
-        └──────── aborted: the client left, the time is up, we shut down ────┘
+        ^               lines, any split        what may go out      │
+        └──── aborted: the client left, time is up, we shut down ────┘
 
-Read it from the top. `EventParser` turns bytes into events, `Relay` decides what goes out, `chat`
-is the life of one stream, `enforce_limits` ends it when somebody is silent for too long, and
-`handle` is the entry point that aiohttp calls. The rest is what every server needs.
+Read it from the top. `EventParser` turns bytes into events, `Relay` decides what goes
+out, `chat` is the life of one stream, `enforce_limits` ends it when somebody is silent
+for too long, and `handle` is the entry point that aiohttp calls. The rest is what every
+server needs.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 # ---- Server-sent events --------------------------------------------------------------
-# Bytes in, events out. This class needs nothing else from this file: copy it where you like.
+# Bytes in, events out. This class needs nothing else from this file: copy it freely.
 
 BOM = b"\xef\xbb\xbf"  # the byte order mark, in UTF-8
 
@@ -72,9 +74,10 @@ class EventParser:
         self.saw_unknown_field = False
 
     def feed(self, piece: bytes) -> Iterator[tuple[bytes, bytes]]:
-        """Yields the type (b"" unless it was named) and the data of each event completed.
+        """Yields the type (b"" unless it was named) and the data of each complete event.
 
-        Raises OverflowError if an event exceeds the limit, after yielding the ones before it.
+        Raises OverflowError if an event exceeds the limit, after yielding the ones
+        before it.
         """
         for line in self.complete_lines(piece):
             if line:
@@ -95,15 +98,15 @@ class EventParser:
         return self.feed(b"\n\n")
 
     def complete_lines(self, piece: bytes) -> list[bytes]:
-        """Returns the lines that this piece completes, and keeps the rest for the next one."""
+        """Returns the lines that this piece completes. Keeps the rest for the next one."""
         if not piece:
             return []
         # A CR has ended its line already. An LF after it is the second half of a CRLF.
         if self.after_cr and piece.startswith(b"\n"):
             piece = piece[1:]
         self.after_cr = piece.endswith(b"\r")
-        # bytes.splitlines splits only at LF, CR and CRLF. str.splitlines would also split at
-        # U+2028, which is text.
+        # bytes.splitlines splits only at LF, CR and CRLF. str.splitlines would also
+        # split at U+2028, which is text.
         lines = piece.splitlines()
         rest = b""
         if lines and not piece.endswith((b"\r", b"\n")):
@@ -118,7 +121,7 @@ class EventParser:
         return lines
 
     def read_field(self, line: bytes) -> None:
-        # b'data: {"choices":[…]}'. A BOM may open the stream; no field's name begins with one.
+        # b'data: {"choices":[…]}'. A BOM may open the stream; no field name has one.
         name, _, value = line.removeprefix(BOM).partition(b":")
         if name == b"event":
             self.event_type = value.removeprefix(b" ")
@@ -134,8 +137,8 @@ class EventParser:
 
 
 # ---- Errors --------------------------------------------------------------------------
-# Raise early, convert once: whatever goes wrong is raised as a Failure, and only `send_failure`
-# turns it into an answer.
+# Raise early, convert once: whatever goes wrong is raised as a Failure, and only
+# `send_failure` turns it into an answer.
 
 # fmt: off
 ERRORS = {  # code: (HTTP status, outcome in the metrics, message)
@@ -178,7 +181,7 @@ TYPES = {  # HTTP status: `type` of the error; for all others "invalid_request_e
 
 @dataclass(eq=False)
 class Failure(Exception):
-    """Why a request gets no complete answer. What is not given, the row of its code says."""
+    """Why a request gets no complete answer. Its code gives it what is not set here."""
 
     code: str
     message: str = ""  # for the client
@@ -200,8 +203,8 @@ class Failure(Exception):
 
 
 # ---- What goes out -------------------------------------------------------------------
-# Chunks (JSON objects with `choices`), heartbeats, then [DONE] or one error. Anything else
-# breaks some client.
+# Chunks (JSON objects with `choices`) and heartbeats, then [DONE] or one error. Anything
+# else breaks some client.
 
 DONE = b"data: [DONE]\n\n"
 WHITE_SPACE = b" \t\r\n"  # in JSON
@@ -231,7 +234,7 @@ class Relay:
         return bool(self.choices) and self.choices == self.finished_choices
 
     def feed(self, piece: bytes) -> bytes:
-        """Returns what this piece lets out, each event as b"data: PAYLOAD\\n\\n"."""
+        """Returns the events to send after this piece, each as b"data: PAYLOAD\\n\\n"."""
         # The first byte says what kind of body this is: Content-Type is often wrong.
         if not self.first_byte:
             self.first_byte = piece.lstrip(BOM + WHITE_SPACE)[:1]
@@ -246,7 +249,7 @@ class Relay:
         return b""
 
     def close(self, error: Exception | None = None) -> bytes:
-        """Like `feed`, at the end of the body. `error` is what broke the connection, if it broke.
+        """Like `feed`, at the end of the body. `error`: what broke the connection.
 
         The only place that decides whether the answer is complete.
         """
@@ -294,15 +297,15 @@ class Relay:
             self.failure = Failure("event_too_large")
         except (ValueError, RecursionError):
             self.malformed = True
-            self.failure = Failure(
-                "upstream_invalid", cause=f"not a JSON object: {excerpt(data)}"
-            )
+            cause = f"not a JSON object: {excerpt(data)}"
+            self.failure = Failure("upstream_invalid", cause=cause)
         return b"".join(out)
 
     def check_event(self, event_type: bytes, data: bytes) -> bytes:
         """Returns the payload to send; empty if this event is of no use to a client.
 
-        Raises Failure for an error in the stream; ValueError or RecursionError if malformed.
+        Raises Failure for an error in the stream; ValueError or RecursionError if
+        malformed.
         """
         # The whole payload must be [DONE]: a token may contain this text.
         if data.strip() == b"[DONE]":
@@ -357,12 +360,13 @@ STREAM_HEADERS = {
     "X-Accel-Buffering": "no",
 }
 
-# What aiohttp raises if the upstream's connection fails; RuntimeError if it had failed before.
+# What aiohttp raises if the connection to the upstream fails, or (RuntimeError) if it
+# had failed before.
 UPSTREAM_ERRORS = (aiohttp.ClientError, HttpProcessingError, OSError, RuntimeError)
 
 
 class Exchange:
-    """A request and its answer: what the handler, the time limits, the drain and the log share."""
+    """A request and its answer."""
 
     def __init__(
         self, server: Chatstream, request: web.BaseRequest, transport: asyncio.Transport
@@ -373,17 +377,25 @@ class Exchange:
         self.task = asyncio.current_task()  # runs the handler
         self.id = request_id(request)
         self.started = time.monotonic()
-        self.stream: Stream | None = None  # for a chat completion
+
+        # The answer
         self.response: web.StreamResponse | None = None  # once its head has been sent
         self.bytes_written = 0
         self.is_writing = False
-        self.is_ending = False  # the last bytes are being written
-        self.is_sent = False  # the client's side has taken all of them
-        self.takes_heartbeats = False  # it will be an event stream
-        self.upstream_status = 0  # 0: it has not answered
-        self.may_be_paid = False  # the upstream may charge for this request
+        self.is_ending = False  # all of the answer is known: nothing may be added
+        self.is_sent = False  # the client's side has taken all of it
         self.failure: Failure | None = None
         self.client_stall = Stall()
+
+        # Of a chat completion
+        self.relay: Relay | None = None
+        self.body_received = False
+        self.takes_heartbeats = False  # it will be an event stream
+        self.upstream: aiohttp.ClientResponse | None = None
+        self.may_be_paid = False  # the upstream may charge for this request
+        self.first_event_seconds = 0.0  # 0: there was none yet
+        self.upstream_stall = Stall()
+        self.write_stall = Stall()
 
     async def begin(self, response: web.StreamResponse) -> None:
         """Sends the head of the answer. From here on, its status cannot change."""
@@ -395,8 +407,10 @@ class Exchange:
         await response.prepare(self.request)
 
     async def write(self, data: bytes) -> None:
-        """Writes events. Waits while the client is slow; meanwhile nobody reads from the upstream,
-        which has to wait, too: back-pressure."""
+        """Writes events. Waits while the client is slow.
+
+        Meanwhile nobody reads from the upstream, so it has to wait, too: back-pressure.
+        """
         response = self.response or web.StreamResponse(headers=STREAM_HEADERS)
         if not self.response:
             await self.begin(response)
@@ -410,13 +424,16 @@ class Exchange:
     async def finish(
         self, response: web.StreamResponse, last: bytes = b""
     ) -> web.StreamResponse:
-        """Ends the answer. Returns when the client's side has taken all of it: until then, this
-        exchange counts as running."""
+        """Ends the answer. Returns when the client's side has taken all of it.
+
+        Until then, this exchange counts as running.
+        """
         self.is_ending = True
         if not self.response:
             await self.begin(response)
         self.bytes_written += len(last)
-        # write_eof() waits while more than this is left. On a closing TLS transport, it fails.
+        # write_eof() waits while more than this is left. A closing TLS transport has no
+        # limits to set.
         if not self.transport.is_closing():
             self.transport.set_write_buffer_limits(high=0)
         await response.write_eof(last)
@@ -430,68 +447,46 @@ class Exchange:
         if self.failure or self.is_ending:
             return
         self.failure = failure
-        # Cancelling aiohttp's wait for a slow client would also break its next wait. So `write`
-        # raises the failure itself when its wait is over.
+        # Cancelling aiohttp's wait for a slow client would also break its next wait. So
+        # `write` raises the failure itself when its wait is over.
         if self.task and not self.is_writing:
             self.task.cancel()
-
-
-class Stream:
-    """A chat completion on its way: what the time limits and the metrics look at."""
-
-    def __init__(self, relay: Relay) -> None:
-        self.relay = relay
-        self.body_received = False
-        self.upstream: aiohttp.ClientResponse | None = None
-        self.first_event_seconds = 0.0  # 0: there was none yet
-        self.upstream_stall = Stall()
-        self.write_stall = Stall()
 
 
 async def chat(exchange: Exchange) -> web.StreamResponse:
     """The life of one stream.
 
-    Raises Failure. CancelledError may be raised at any `await`: by aiohttp as soon as the client
-    has left (see `handler_cancellation` in `listen`), or by `Exchange.stop`.
+    Raises Failure. CancelledError may be raised at any `await`: by aiohttp as soon as
+    the client has left (see `handler_cancellation` in `listen`), or by `Exchange.stop`.
     """
-    stream = exchange.server.admit(exchange)
-    answer = await ask_upstream(exchange, stream)
-    # The key line: however this block is left, the connection to the upstream is aborted, unless
-    # the answer has been read to its end. A model that nobody reads still costs money.
-    with closing(answer):
-        stream.upstream = answer
-        if not exchange.takes_heartbeats:
-            body = await read_completion(answer, stream.relay.parser.limit)
-            return await exchange.finish(json_response(body))
-        last = await relay_answer(exchange, stream, answer)
-        exchange.is_ending = True
-        if not answer.content.at_eof():
-            await exchange.write(last)
-            last = b""
-            await read_end(answer)
-    response = exchange.response or web.StreamResponse(headers=STREAM_HEADERS)
-    return await exchange.finish(response, last)
-
-
-async def ask_upstream(exchange: Exchange, stream: Stream) -> aiohttp.ClientResponse:
-    """Reads and checks the request, and sends it to the upstream. Raises Failure."""
     settings = exchange.server.settings
-    body = await read_request(exchange, settings)
     always_stream = exchange.request.path == "/stream"
+    relay = exchange.server.admit(exchange)
+    body = await read_request(exchange, settings)
+    exchange.body_received = True
     completion = check_request(body, settings.model, always_stream)
-    stream.body_received = True
     exchange.takes_heartbeats = completion.get("stream") is True
-    return await open_upstream(exchange, "/chat/completions", completion)
+    answer = await open_upstream(exchange, "/chat/completions", completion)
+    # The key line: however this block is left, the connection to the upstream is
+    # aborted, unless the answer has been read to its end. A model that nobody reads
+    # still costs money.
+    with closing(answer):
+        if not exchange.takes_heartbeats:
+            body = await read_completion(answer, settings.max_event_bytes)
+            return await exchange.finish(json_response(body))
+        response = await relay_answer(exchange, relay, answer)
+        await read_end(answer)
+    return await exchange.finish(response)
 
 
 async def relay_answer(
-    exchange: Exchange, stream: Stream, answer: aiohttp.ClientResponse
-) -> bytes:
-    """Relays each event the moment its last byte is in. Returns the last bytes. Raises Failure.
+    exchange: Exchange, relay: Relay, answer: aiohttp.ClientResponse
+) -> web.StreamResponse:
+    """Relays each event the moment its last byte is in. Raises Failure.
 
-    The status waits for the first event: what fails before it gets an HTTP status of its own.
+    The status waits for the first event: what fails before it gets an HTTP status of
+    its own.
     """
-    relay = stream.relay
     while not relay.failure:
         try:
             piece = await answer.content.readany()
@@ -499,17 +494,19 @@ async def relay_answer(
             out = relay.close(error)
         else:
             out = relay.feed(piece) if piece else relay.close()
-        if out and not stream.first_event_seconds:
-            stream.first_event_seconds = time.monotonic() - exchange.started
-        if relay.done:
-            return out
-        if out:
-            await exchange.write(out)
+        exchange.is_ending = relay.done
+        if not out:
+            continue
+        if not exchange.first_event_seconds:
+            exchange.first_event_seconds = time.monotonic() - exchange.started
+        await exchange.write(out)
+        if relay.done and exchange.response:
+            return exchange.response
     raise relay.failure
 
 
 async def read_end(answer: aiohttp.ClientResponse) -> None:
-    """Waits a moment for the end of the body, so that the connection can be used again."""
+    """Waits a moment for the end of the body: then the connection can be used again."""
     with suppress(*UPSTREAM_ERRORS):
         async with asyncio.timeout(0.05):
             while await answer.content.readany():
@@ -517,9 +514,10 @@ async def read_end(answer: aiohttp.ClientResponse) -> None:
 
 
 class UpstreamAnswer(aiohttp.ClientResponse):
-    """Closes by aborting the connection: a polite goodbye would take time, and time costs tokens.
+    """Closes by aborting the connection: a polite goodbye takes time, and tokens.
 
-    aiohttp calls `close` itself if we are cancelled before the head of the answer is here.
+    aiohttp calls `close` itself if we are cancelled before the head of the answer is
+    here.
     """
 
     def close(self) -> None:
@@ -530,13 +528,14 @@ class UpstreamAnswer(aiohttp.ClientResponse):
 
 
 # ---- Time limits ---------------------------------------------------------------------
-# Every exchange is looked at a few times a second: a timer for each read and write costs more.
+# Every exchange is looked at a few times a second: a timer for each read and each write
+# costs more.
 
 SECONDS_AFTER_FINISH = 5
 
 
 class Stall:
-    """Measures for how long a value has not changed while we were waiting for it to change."""
+    """Measures for how long a value has not changed while we waited for it to change."""
 
     def __init__(self) -> None:
         self.value = 0
@@ -555,37 +554,37 @@ def enforce_limits(exchange: Exchange, settings: Settings) -> bool:
 
     Returns True when a heartbeat is due.
     """
+    if exchange.transport.is_closing():
+        return False  # the client has left, and aiohttp cancels the handler
     unsent = exchange.transport.get_write_buffer_size()
     bytes_taken = exchange.bytes_written - unsent
     stalled = exchange.client_stall.seconds(bytes_taken, is_waiting=unsent > 0)
     if stalled >= settings.write_seconds:
-        exchange.transport.abort()  # aiohttp cancels the handler, as it does for a closed tab
+        # aiohttp cancels the handler, as it does for a closed tab.
+        exchange.transport.abort()
         return False
 
-    stream = exchange.stream
-    if not stream or exchange.is_ending:
+    relay = exchange.relay
+    if not relay or exchange.is_ending:
         return False
     # While the client has not taken everything, the upstream is not to blame.
-    upstreams_turn = stream.body_received and not unsent
-    silent = stream.upstream_stall.seconds(stream.relay.events_received, upstreams_turn)
+    upstreams_turn = exchange.body_received and not unsent
+    silent = exchange.upstream_stall.seconds(relay.events_received, upstreams_turn)
     if silent >= settings.idle_seconds:
-        exchange.stop(
-            Failure("upstream_timeout", cause="silent for CHATSTREAM_IDLE_SECONDS")
-        )
-    # aiohttp does not always tell the reader that its connection was lost. And some upstreams
-    # leave it open after they have said everything.
-    connection = stream.upstream.connection if stream.upstream else None
+        cause = "silent for CHATSTREAM_IDLE_SECONDS"
+        exchange.stop(Failure("upstream_timeout", cause=cause))
+    # aiohttp does not always tell the reader that its connection was lost. And some
+    # upstreams leave it open after they have said everything.
+    upstream = exchange.upstream
+    connection = upstream.connection if upstream else None
     is_lost = connection is not None and connection.closed
-    is_over = stream.relay.all_finished and silent >= SECONDS_AFTER_FINISH
-    if stream.upstream and upstreams_turn and (is_lost or is_over):
-        stream.upstream.close()  # this ends the read in `relay_answer`
+    is_over = relay.all_finished and silent >= SECONDS_AFTER_FINISH
+    if upstream and upstreams_turn and (is_lost or is_over):
+        upstream.close()  # this ends the read in `relay_answer`
 
-    quiet = stream.write_stall.seconds(exchange.bytes_written, upstreams_turn)
-    return (
-        exchange.takes_heartbeats
-        and not exchange.failure
-        and quiet >= settings.heartbeat_seconds
-    )
+    quiet = exchange.write_stall.seconds(exchange.bytes_written, upstreams_turn)
+    is_due = quiet >= settings.heartbeat_seconds
+    return is_due and exchange.takes_heartbeats and not exchange.failure
 
 
 async def watch(server: Chatstream) -> None:
@@ -602,9 +601,8 @@ async def watch(server: Chatstream) -> None:
                     await exchange.write(b": keep-alive\n\n")
             except ConnectionError:
                 pass  # the client has left, and aiohttp cancels the handler
-            except (
-                Exception
-            ) as error:  # a fault in one must not end the limits of the others
+            # A fault in one exchange must not end the limits of the others.
+            except Exception as error:
                 logger.exception("a bug in chatstream")
                 exchange.stop(Failure("internal_error", cause=repr(error)))
 
@@ -613,7 +611,7 @@ async def watch(server: Chatstream) -> None:
 
 
 async def handle(server: Chatstream, request: web.BaseRequest) -> web.StreamResponse:
-    """Called by aiohttp for each request. Every request ends here, whatever happens to it."""
+    """Called by aiohttp for each request. Every request ends here, in whatever way."""
     if not request.transport:
         return web.Response()  # the client has left already
     exchange = Exchange(server, request, request.transport)
@@ -632,9 +630,8 @@ async def handle(server: Chatstream, request: web.BaseRequest) -> web.StreamResp
         return exchange.response or web.Response()
     except Exception as error:
         logger.exception("a bug in chatstream")
-        return await send_failure(
-            exchange, Failure("internal_error", cause=repr(error))
-        )
+        fault = Failure("internal_error", cause=repr(error))
+        return await send_failure(exchange, fault)
     finally:
         server.exchanges.discard(exchange)
         server.streams.discard(exchange)
@@ -642,7 +639,7 @@ async def handle(server: Chatstream, request: web.BaseRequest) -> web.StreamResp
 
 
 async def send_failure(exchange: Exchange, failure: Failure) -> web.StreamResponse:
-    """Sends a failure: with an HTTP status, or as the last event if 200 has been sent."""
+    """Sends a failure: as an HTTP status, or as the last event if 200 has been sent."""
     exchange.failure = failure
     redact = exchange.server.redact
     error = {
@@ -670,13 +667,17 @@ async def send_failure(exchange: Exchange, failure: Failure) -> web.StreamRespon
 def json_response(
     body: bytes, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> web.StreamResponse:
-    all_headers = {"Content-Type": "application/json"} | dict(headers or {})
-    return web.Response(body=body, status=status, headers=all_headers)
+    json_headers = {"Content-Type": "application/json", **(headers or {})}
+    return web.Response(body=body, status=status, headers=json_headers)
 
 
 def limit_unsent_bytes(transport: asyncio.Transport) -> None:
-    """Lets the kernel hold little that it has not sent. Otherwise it takes more in such large steps
-    that a slow client looks as if it took nothing."""
+    """Lets the kernel hold little that it has not sent.
+
+    Otherwise it takes more in such large steps that a slow client looks dead.
+    """
+    if transport.is_closing():
+        return
     connection = transport.get_extra_info("socket")
     if connection and hasattr(socket, "TCP_NOTSENT_LOWAT"):
         with suppress(OSError):
@@ -693,8 +694,8 @@ async def listen(
     """Starts aiohttp's low-level server. Raises OSError if it cannot listen."""
     server = web.Server(
         handler,
-        # Cancels the handler as soon as the client leaves. Without it, a closed tab reaches the
-        # model only with the next write.
+        # Cancels the handler as soon as the client leaves. Without it, a closed tab
+        # reaches the model only with the next write.
         handler_cancellation=True,
         # Inflated, 60 KB of a request can become 60 MB.
         auto_decompress=False,
@@ -749,9 +750,8 @@ async def read_request(exchange: Exchange, settings: Settings) -> bytes:
     except TimeoutError:
         raise Failure("request_timeout") from None
     except (web.RequestPayloadError, HttpProcessingError):
-        raise Failure(
-            "invalid_request", "The request body's encoding is broken."
-        ) from None
+        message = "The request body's encoding is broken."
+        raise Failure("invalid_request", message) from None
     if len(body) > settings.max_body_bytes:
         raise Failure("body_too_large")
     return body
@@ -762,7 +762,8 @@ def check_request(
 ) -> dict[str, Any]:
     """Returns the request as it is sent on. Raises Failure.
 
-    It is encoded anew: a key that the body repeats cannot slip another model past this check.
+    It is encoded anew: a key that the body repeats cannot slip another model past this
+    check.
     """
     try:
         completion = decode_json(body)
@@ -777,22 +778,21 @@ def check_request(
     if not all(isinstance(message, dict) for message in messages):
         raise Failure("invalid_messages")
 
-    if completion.get("stream") is None:
-        completion.pop("stream", None)
-        if always_stream:
-            completion["stream"] = True
-    if not isinstance(completion.get("stream", False), bool):
+    for name in ("stream", "model"):
+        if completion.get(name) is None:  # null counts as absent
+            completion.pop(name, None)
+    completion.setdefault("model", models[0])
+    if always_stream:
+        completion.setdefault("stream", True)
+    stream = completion.get("stream", False)
+    if not isinstance(stream, bool):
         raise Failure("invalid_request", "`stream` must be true or false.")
-    if always_stream and not completion["stream"]:
+    if always_stream and not stream:
         raise Failure("stream_required")
-
-    if completion.get("model") is None:
-        completion["model"] = models[0]
     model = completion["model"]
     if not isinstance(model, str) or model == "*":
-        raise Failure(
-            "invalid_request", "`model` is required; GET /v1/models lists them."
-        )
+        message = "`model` is required; GET /v1/models lists them."
+        raise Failure("invalid_request", message)
     if model not in models and "*" not in models:
         raise Failure("model_not_found")
     return completion
@@ -802,6 +802,7 @@ def check_request(
 
 OPENAI_URL = "https://api.openai.com/v1"
 OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)
+UUID = r"(?i)[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 
 # After these errors, the upstream has not seen the request.
 NOT_SENT = (
@@ -822,9 +823,13 @@ def open_session(settings: Settings, proxy: str | None) -> aiohttp.ClientSession
     }
     if settings.api_key:
         headers["Authorization"] = f"Bearer {settings.api_key}"
-    # With aiohttp's limit, the 101st stream would wait. And many servers close an idle connection
-    # after 5 s: a request that is sent at that moment is lost.
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=4)
+    connector = aiohttp.TCPConnector(
+        # With aiohttp's limit, the 101st stream would wait.
+        limit=0,
+        # Many servers close an idle connection after 5 s, and a request that is sent
+        # at that moment is lost.
+        keepalive_timeout=4,
+    )
     return aiohttp.ClientSession(
         connector=connector,
         proxy=proxy,
@@ -845,14 +850,14 @@ def open_session(settings: Settings, proxy: str | None) -> aiohttp.ClientSession
 async def open_upstream(
     exchange: Exchange, path: str, completion: dict[str, Any] | None = None
 ) -> aiohttp.ClientResponse:
-    """Sends a request. Returns the answer if it is a good one; the caller has to close it.
+    """Sends a request. Returns the answer if it is a good one; the caller closes it.
 
     Raises Failure. A failed request is never repeated: it might be paid for twice.
     """
     server = exchange.server
     headers = {}
     # llama-cpp-python refuses every request whose id is not a UUID.
-    if is_uuid(exchange.id):
+    if re.fullmatch(UUID, exchange.id):
         headers["X-Request-Id"] = exchange.id
     exchange.may_be_paid = completion is not None
     try:
@@ -867,7 +872,7 @@ async def open_upstream(
         if isinstance(error, NOT_SENT):
             exchange.may_be_paid = False
         raise connection_failure(error) from None
-    exchange.upstream_status = answer.status
+    exchange.upstream = answer
     encoding = answer.headers.get("Content-Encoding", "identity")
     if 200 <= answer.status < 300 and encoding == "identity":
         return answer
@@ -877,12 +882,6 @@ async def open_upstream(
         exchange.may_be_paid = False
     with closing(answer):
         raise await status_failure(answer)
-
-
-def is_uuid(text: str) -> bool:
-    with suppress(ValueError):
-        return str(uuid.UUID(text)) == text.lower()
-    return False
 
 
 def connection_failure(error: Exception) -> Failure:
@@ -897,7 +896,7 @@ def connection_failure(error: Exception) -> Failure:
 
 
 async def status_failure(answer: aiohttp.ClientResponse) -> Failure:
-    """What an answer means that is not a good one: a client's fault is reported as it came."""
+    """What a bad answer means. A client's mistake is reported in the upstream's words."""
     status = answer.status
     if status < 300:
         return Failure("upstream_invalid", cause="a compressed answer")
@@ -913,14 +912,11 @@ async def status_failure(answer: aiohttp.ClientResponse) -> Failure:
         return Failure("upstream_unreachable", cause=cause)
     if not 400 <= status < 500:
         return Failure("upstream_error", cause=cause)
-    headers = {}
+    failure = Failure("upstream_rejected", cause=cause, status=status)
     for name, value in answer.headers.items():
-        is_limit = re.fullmatch(
-            "(?i)retry-after|retry-after-ms|x-ratelimit-[a-z-]+", name
-        )
+        is_limit = re.fullmatch(r"(?i)retry-after(-ms)?|x-ratelimit-[a-z-]+", name)
         if is_limit and value.isascii() and value.isprintable():
-            headers[name] = value
-    failure = Failure("upstream_rejected", cause=cause, status=status, headers=headers)
+            failure.headers[name] = value
     return describe(failure, body)
 
 
@@ -932,12 +928,21 @@ async def read_completion(answer: aiohttp.ClientResponse, limit: int) -> bytes:
         raise truncation(error) from None
     if len(body) > limit:
         raise Failure("event_too_large")
-    check_completion(body)
+    try:
+        completion = decode_json(body.strip(BOM + WHITE_SPACE))
+    except (ValueError, RecursionError):
+        completion = None
+    if has_error(completion):
+        raise error_in_stream(body)
+    if not isinstance(completion, dict):
+        code = "stream_truncated" if is_half(body) else "upstream_invalid"
+        raise Failure(code, cause=f"not a JSON object: {excerpt(body)}")
     return body
 
 
 # ---- The upstreams' dialects ---------------------------------------------------------
-# What they send instead of what OpenAI would send: errors under a good status, whole messages.
+# What they send instead of what OpenAI would send: errors under a good status, whole
+# messages.
 
 
 def refuse_constant(name: str) -> None:
@@ -950,12 +955,12 @@ encode_json = json.JSONEncoder(allow_nan=False).encode
 
 
 def decode_json(data: bytes) -> Any:
-    """Raises ValueError for anything but JSON in UTF-8, RecursionError if nested too deeply."""
+    """Raises ValueError if it is not JSON in UTF-8, RecursionError if too deep."""
     return JSON_DECODER.decode(data.decode())
 
 
 def replace_message(choice: dict[str, Any], is_repetition: bool) -> None:
-    """Gives a choice of a whole answer, which has a `message`, a `delta` as in a stream."""
+    """Gives a choice of a whole answer a `delta`, as in a stream, for its `message`."""
     message = choice.pop("message")
     if "delta" in choice:
         return
@@ -974,25 +979,28 @@ def is_half(document: bytes | bytearray) -> bool:
 
 
 def truncation(error: Exception | None) -> Failure:
-    return Failure(
-        "stream_truncated", cause=repr(error) if error else "the body ended too early"
-    )
+    cause = repr(error) if error else "the body ended too early"
+    return Failure("stream_truncated", cause=cause)
+
+
+def first_of_list(document: object) -> object:
+    """[{"error": …}] -> {"error": …}, as Google's servers send it."""
+    if isinstance(document, list) and document:
+        return document[0]
+    return document
 
 
 def has_error(document: object) -> bool:
     """Is it an error, in one of the upstreams' dialects?"""
-    if isinstance(document, list) and document:
-        document = document[0]
+    document = first_of_list(document)
     if not isinstance(document, dict):
         return False
     if document.get("error") or document.get("object") == "error":
         return True
     choices = document.get("choices")
-    if isinstance(choices, list):
-        for choice in choices:
-            if isinstance(choice, dict) and choice.get("error"):
-                return True
-    return False
+    if not isinstance(choices, list):
+        return False
+    return any(isinstance(choice, dict) and choice.get("error") for choice in choices)
 
 
 def error_in_stream(data: bytes) -> Failure:
@@ -1000,42 +1008,27 @@ def error_in_stream(data: bytes) -> Failure:
     return describe(Failure("upstream_error", cause=excerpt(data)), data)
 
 
-def check_completion(body: bytes) -> None:
-    """Checks an answer that is not streamed. Raises Failure."""
-    try:
-        completion = decode_json(body.strip(BOM + WHITE_SPACE))
-    except (ValueError, RecursionError):
-        completion = None
-    if has_error(completion):
-        raise error_in_stream(body)
-    if not isinstance(completion, dict):
-        code = "stream_truncated" if is_half(body) else "upstream_invalid"
-        raise Failure(code, cause=f"not a JSON object: {excerpt(body)}")
+# A page or a traceback is for the log, not for the reader.
+NOT_FOR_READERS = re.compile(r"(?i)<(!doctype|html|head|body)\b|Traceback \(most")
 
 
 def describe(failure: Failure, body: bytes) -> Failure:
-    """Fills in what an upstream's body says of its error, in any of the known dialects."""
+    """Fills in what an upstream's body says of its error, in any known dialect."""
     try:
-        document = decode_json(body)
+        document = first_of_list(decode_json(body))
     except (ValueError, RecursionError):
         return failure
-    if isinstance(document, list) and document:
-        document = document[0]
     message = message_in(document)
-    # A page or a traceback is for the log, not for the reader.
-    if message and not re.search(
-        r"(?i)<(!doctype|html|head|body)\b|Traceback \(most", message
-    ):
+    if message and not NOT_FOR_READERS.search(message):
         failure.message = message
-    if not isinstance(document, dict):
-        return failure
-    details = document.get("error")
-    if not isinstance(details, dict):
-        details = document
-    for name in ("type", "code", "param"):
-        value = details.get(name)
-        if isinstance(value, str) and 0 < len(value) <= 64:
-            setattr(failure, name, value)
+    if isinstance(document, dict):
+        details = document.get("error")
+        if not isinstance(details, dict):
+            details = document
+        for name in ("type", "code", "param"):
+            value = details.get(name)
+            if isinstance(value, str) and 0 < len(value) <= 64:
+                setattr(failure, name, value)
     return failure
 
 
@@ -1043,7 +1036,7 @@ ERROR_KEYS = ("error", "errors", "message", "msg", "detail", "choices")
 
 
 def message_in(document: object) -> str:
-    """The text for people: {"error": {"message": text}}, {"detail": [{"msg": text}]} and so on."""
+    """The text for people: {"error": {"message": text}}, {"detail": [{"msg": text}]} …"""
     while isinstance(document, dict | list):
         if isinstance(document, list):
             document = document[0] if document else ""
@@ -1059,8 +1052,8 @@ def excerpt(body: bytes) -> str:
 
 
 # ---- Who gets in ---------------------------------------------------------------------
-# A page on another origin, or one whose name was rebound to this machine, must not spend the
-# key. Browsers reveal both in headers that no page can change.
+# A page on another origin, or one whose name was rebound to this machine, must not
+# spend the key. Browsers reveal both in headers that no page can change.
 
 
 def is_loopback(host: str) -> bool:
@@ -1117,10 +1110,9 @@ def has_token(request: web.BaseRequest, token: str) -> bool:
     if not token:
         return True
     scheme, _, sent = request.headers.get("Authorization", "").partition(" ")
+    given = sent.strip().encode(errors="surrogateescape")
     # The time of this comparison does not depend on where the two differ.
-    is_same = hmac.compare_digest(
-        sent.strip().encode(errors="surrogateescape"), token.encode()
-    )
+    is_same = hmac.compare_digest(given, token.encode())
     return is_same and scheme.lower() == "bearer"
 
 
@@ -1136,9 +1128,9 @@ class Chatstream:
         self.settings = settings
         self.upstream_url = settings.base_url or OPENAI_URL
         self.proxy = environment_proxy(self.upstream_url)
-        self.secrets = [
-            text for text in (settings.api_key, settings.token) if len(text) > 8
-        ]
+        # A shorter text is no secret, and blotting it out would spoil every message.
+        keys = (settings.api_key, settings.token)
+        self.secrets = [key for key in keys if len(key) > 8]
         if self.proxy and "@" in self.proxy:
             self.secrets.append(urlsplit(self.proxy).netloc.rpartition("@")[0])
         self.hosts = set(settings.allowed_hosts)
@@ -1162,26 +1154,24 @@ class Chatstream:
             self.runner = await listen(
                 handler, settings.host, settings.port, tls, settings.reuse_port or None
             )
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise BadSetting(
-                    f"CHATSTREAM_PORT={settings.port} is in use; 0 takes any free port"
-                ) from None
-            raise BadSetting(
-                f"cannot listen on CHATSTREAM_HOST={settings.host}: {error}"
-            ) from None
+        # ValueError: Windows cannot share a port.
+        except (OSError, ValueError) as error:
+            message = f"cannot listen on CHATSTREAM_HOST={settings.host}: {error}"
+            if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+                message = f"CHATSTREAM_PORT={settings.port} is in use; 0: any free one"
+            raise BadSetting(message) from None
         self.session = open_session(settings, self.proxy)
         self.watcher = asyncio.create_task(watch(self))
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         return f"http{'s' if tls else ''}://{host}:{self.runner.addresses[0][1]}"
 
-    def admit(self, exchange: Exchange) -> Stream:
-        """Counts a chat completion, before its body arrives and takes memory. Raises Failure."""
+    def admit(self, exchange: Exchange) -> Relay:
+        """Counts a chat completion, before its body takes memory. Raises Failure."""
         if len(self.streams) >= self.max_streams:
             raise Failure("too_many_streams")
         self.streams.add(exchange)
-        exchange.stream = Stream(Relay(EventParser(self.settings.max_event_bytes)))
-        return exchange.stream
+        exchange.relay = Relay(EventParser(self.settings.max_event_bytes))
+        return exchange.relay
 
     def redact(self, text: str) -> str:
         """Blots out our secrets, which an upstream or a proxy may have quoted."""
@@ -1195,11 +1185,13 @@ class Chatstream:
         self.draining = True
         for site in list(self.runner.sites):
             await site.stop()
+        wait = self.settings.drain_seconds
+        logger.info(f"draining for up to {wait:g} s; Ctrl+C ends it at once")
         for exchange in self.streams:
-            if exchange.stream and not exchange.stream.body_received:
+            if not exchange.body_received:
                 exchange.stop(Failure("server_draining"))
         # 2. Let the running ones end.
-        await self.wait_for_exchanges(self.settings.drain_seconds)
+        await self.wait_for_exchanges(wait)
         # 3. Tell those that are left.
         for exchange in self.exchanges:
             exchange.stop(Failure("server_draining", outcome="drained"))
@@ -1236,7 +1228,7 @@ def page_headers(html: bytes) -> dict[str, str]:
     return {
         "Content-Type": "text/html; charset=utf-8",
         "Content-Security-Policy": policy,
-        "Permissions-Policy": "camera=(), geolocation=(), microphone=(), midi=(), usb=()",
+        "Permissions-Policy": "camera=(), geolocation=(), microphone=(), usb=()",
         "Referrer-Policy": "no-referrer",
         "Cross-Origin-Opener-Policy": "same-origin",
         "Cross-Origin-Resource-Policy": "same-origin",
@@ -1248,27 +1240,21 @@ MAX_MODELS_BYTES = 2**22
 
 
 async def list_models(exchange: Exchange) -> web.StreamResponse:
-    """The allowed models, in OpenAI's form. With `*`, also all that the upstream lists."""
+    """The allowed models, in OpenAI's form. With `*`, also those of the upstream."""
     server = exchange.server
     entries: list[Any] = [{"id": name} for name in server.settings.model if name != "*"]
     if "*" in server.settings.model:
         entries += await upstream_models(exchange)
+    # Strict clients want these fields, and not all upstreams have them.
+    defaults = {"object": "model", "created": server.created, "owned_by": "chatstream"}
     models: dict[str, dict[str, Any]] = {}
     for entry in entries:
         name = entry.get("id") if isinstance(entry, dict) else None
-        if isinstance(name, str) and name and name not in models:
-            defaults = {
-                "object": "model",
-                "created": server.created,
-                "owned_by": "chatstream",
-            }
-            models[name] = defaults | {
-                key: entry[key] for key in entry if entry[key] is not None
-            }
+        if isinstance(name, str) and name:
+            models.setdefault(name, defaults | entry)
     body = encode_json({"object": "list", "data": list(models.values())}).encode()
-    return await exchange.finish(
-        json_response(body, headers={"Cache-Control": "no-store"})
-    )
+    headers = {"Cache-Control": "no-store"}
+    return await exchange.finish(json_response(body, headers=headers))
 
 
 async def upstream_models(exchange: Exchange) -> list[Any]:
@@ -1287,9 +1273,8 @@ async def upstream_models(exchange: Exchange) -> list[Any]:
     if isinstance(listed, dict):
         listed = listed.get("data")
     if not isinstance(listed, list):
-        raise Failure(
-            "upstream_invalid", "The model server lists no models.", excerpt(body)
-        )
+        message = "The model server lists no models."
+        raise Failure("upstream_invalid", message, excerpt(body))
     return listed
 
 
@@ -1304,7 +1289,7 @@ async def probe(exchange: Exchange) -> web.StreamResponse:
 
 
 class Histogram:
-    """Seconds, in OpenTelemetry's buckets for GenAI: 0.01 doubling to 81.92, and two more."""
+    """Seconds, in OpenTelemetry's buckets for GenAI: 0.01 doubling up to 327.68."""
 
     BOUNDS = tuple(0.01 * 2**power for power in range(16))
 
@@ -1333,7 +1318,7 @@ class Metrics:
 
 
 def count_and_log(exchange: Exchange) -> None:
-    """An exchange has ended: counts it, in one outcome, and writes its line in the log."""
+    """Counts an exchange that has ended, in one outcome, and writes its log line."""
     failure = exchange.failure
     if failure:
         outcome = failure.outcome
@@ -1341,35 +1326,31 @@ def count_and_log(exchange: Exchange) -> None:
         outcome = "completed"
     else:
         outcome = "client_gone"
-    stream = exchange.stream
-    events = stream.relay.events_sent if stream else 0
-    first_seconds = stream.first_event_seconds if stream else 0
-    total_seconds = time.monotonic() - exchange.started
-
     request = exchange.request
+    events = exchange.relay.events_sent if exchange.relay else 0
+    total_seconds = time.monotonic() - exchange.started
     is_chat = request.method == "POST" and request.path in CHAT_PATHS
     if is_chat:
         metrics = exchange.server.metrics
         metrics.outcomes[outcome] += 1
         metrics.events_sent += events
-        if first_seconds:
-            metrics.first_chunk.observe(first_seconds)
+        if exchange.first_event_seconds:
+            metrics.first_chunk.observe(exchange.first_event_seconds)
         if outcome != "rejected":
             metrics.duration.observe(total_seconds)
+
+    cause = ""
+    if failure:
+        cause = f"{failure.code}: {request.path}"
+        if exchange.upstream:
+            cause += f": upstream HTTP {exchange.upstream.status}"
+        if failure.cause:
+            cause += f": {failure.cause}"
     if is_chat or (failure and failure.cause):
         status = exchange.response.status if exchange.response else "-"
-        upstream = (
-            f"upstream HTTP {exchange.upstream_status}"
-            if exchange.upstream_status
-            else ""
-        )
-        causes = (
-            [failure.code, request.path, upstream, failure.cause] if failure else []
-        )
-        cause = ": ".join(filter(None, causes))
         logger.info(
             f"id={exchange.id} outcome={outcome} status={status} events={events} "
-            f"first={first_seconds:.3f}s total={total_seconds:.3f}s "
+            f"first={exchange.first_event_seconds:.3f}s total={total_seconds:.3f}s "
             # On one line, with control characters escaped.
             f"cause={exchange.server.redact(cause)!r}"
         )
@@ -1390,28 +1371,25 @@ async def show_metrics(exchange: Exchange) -> web.StreamResponse:
     return await exchange.finish(web.Response(body=body, headers=headers))
 
 
-def measurements(
-    server: Chatstream,
-) -> Iterator[tuple[str, str, str, Mapping[str, float]]]:
+Measurement = tuple[str, str, str, Mapping[str, float]]
+
+
+def measurements(server: Chatstream) -> Iterator[Measurement]:
     """Yields the name, the kind, the meaning and the samples of each metric."""
-    streams = [exchange.stream for exchange in server.streams if exchange.stream]
-    active = sum(stream.body_received for stream in streams)
     metrics = server.metrics
-    outcomes = {
-        f'{{outcome="{name}"}}': total for name, total in metrics.outcomes.items()
-    }
-    first_chunk = (
-        "gen_ai_client_operation_time_to_first_chunk_seconds"  # OpenTelemetry's
-    )
+    active = sum(exchange.body_received for exchange in server.streams)
+    outcomes = {f'{{outcome="{name}"}}': n for name, n in metrics.outcomes.items()}
+    # These two names, and their buckets, are OpenTelemetry's.
+    first_chunk = "gen_ai_client_operation_time_to_first_chunk_seconds"
     duration = "gen_ai_client_operation_duration_seconds"
     # fmt: off
     yield "chatstream_active_streams", "gauge", "Streams running now.", {"": active}
-    yield "chatstream_draining", "gauge", "1 while shutting down.", {"": int(server.draining)}
-    yield "chatstream_max_streams", "gauge", "Most streams at once.", {"": server.max_streams}
+    yield "chatstream_draining", "gauge", "1: shutting down.", {"": int(server.draining)}
+    yield "chatstream_max_streams", "gauge", "Most at once.", {"": server.max_streams}
     yield "chatstream_streams_total", "counter", "Requests, by how they ended.", outcomes
-    yield "chatstream_events_total", "counter", "Chunks relayed.", {"": metrics.events_sent}
-    yield first_chunk, "histogram", "Time to the first chunk.", metrics.first_chunk.samples()
-    yield duration, "histogram", "Time to the end of the answer.", metrics.duration.samples()
+    yield "chatstream_events_total", "counter", "Chunks sent.", {"": metrics.events_sent}
+    yield first_chunk, "histogram", "To the first chunk.", metrics.first_chunk.samples()
+    yield duration, "histogram", "To the end of the answer.", metrics.duration.samples()
     # fmt: on
 
 
@@ -1430,7 +1408,7 @@ ROUTES: dict[str, tuple[tuple[str, ...], Handler]] = {  # `route` says which are
 
 
 # ---- Settings ------------------------------------------------------------------------
-# A setting is a field of Settings and a line in `read_settings`.
+# A setting is a field of Settings and a line in `add_settings`.
 
 
 class BadSetting(Exception):
@@ -1460,7 +1438,7 @@ class Settings:
 
 
 def read_settings(environ: Mapping[str, str], arguments: list[str]) -> Settings:
-    """Settings from flags, else variables, else defaults. A bad one ends the program, status 2."""
+    """Reads flags, else variables, else defaults. A bad one ends the program, status 2."""
     parser = argparse.ArgumentParser(
         description="A streaming chat server.",
         epilog="Secrets have a variable and no flag: OPENAI_API_KEY, CHATSTREAM_TOKEN.",
@@ -1472,18 +1450,14 @@ def read_settings(environ: Mapping[str, str], arguments: list[str]) -> Settings:
         parser.error(f"unknown argument: {unknown[0].partition('=')[0]}")
     values.api_key = environ.get("OPENAI_API_KEY", "").strip()
     values.token = environ.get("CHATSTREAM_TOKEN", "").strip()
+    in_header = "must be visible ASCII, since it travels in a header"
     if not re.fullmatch("[!-~]*", values.api_key):
-        parser.error(
-            "OPENAI_API_KEY must be visible ASCII, since it travels in a header"
-        )
+        parser.error(f"OPENAI_API_KEY {in_header}")
     if not re.fullmatch("[!-~]*", values.token):
-        parser.error(
-            "CHATSTREAM_TOKEN must be visible ASCII, since it travels in a header"
-        )
+        parser.error(f"CHATSTREAM_TOKEN {in_header}")
     if not values.token and not is_loopback(values.host):
-        parser.error(
-            f"CHATSTREAM_HOST={values.host} is open to others: set CHATSTREAM_TOKEN"
-        )
+        open_to = f"CHATSTREAM_HOST={values.host} is open to others"
+        parser.error(f"{open_to}: set CHATSTREAM_TOKEN")
     if bool(values.tls_cert) != bool(values.tls_key):
         parser.error("CHATSTREAM_TLS_CERT and CHATSTREAM_TLS_KEY: set both or neither")
     return Settings(**vars(values))
@@ -1500,7 +1474,7 @@ def add_settings(parser: argparse.ArgumentParser, environ: Mapping[str, str]) ->
         name = variable.partition("_")[2].lower()
         parser.add_argument(
             "--" + name.replace("_", "-"),
-            # argparse converts a default that is a string as if it were given as a flag.
+            # argparse converts a default that is a string as if it were a flag's value.
             default=environ.get(variable, "").strip() or default,
             type=convert,
             metavar="VALUE",
@@ -1509,19 +1483,19 @@ def add_settings(parser: argparse.ArgumentParser, environ: Mapping[str, str]) ->
         )
 
     # fmt: off
-    add("OPENAI_BASE_URL", "", base_url, f"an OpenAI-compatible upstream (or {OPENAI_URL})")
-    add("OPENAI_MODEL", "gpt-4o-mini", names, "models, the first is the default; * = any")
+    add("OPENAI_BASE_URL", "", base_url, "an OpenAI-compatible server; none: OpenAI")
+    add("OPENAI_MODEL", "gpt-4o-mini", names, "models, the default first; * = any")
     add("CHATSTREAM_HOST", "127.0.0.1", str, "address; a public one needs a token")
     add("CHATSTREAM_PORT", "8080", port_number, "port; 0 = any free one")
     add("CHATSTREAM_ALLOWED_HOSTS", "", host_names, "further Host names served")
     add("CHATSTREAM_MAX_STREAMS", "1000", positive_integer, "streams at once")
-    add("CHATSTREAM_MAX_BODY_BYTES", "1048576", positive_integer, "longest request body")
-    add("CHATSTREAM_MAX_EVENT_BYTES", "1048576", positive_integer, "longest event or answer")
-    add("CHATSTREAM_CONNECT_SECONDS", "5", positive_seconds, "to connect to the upstream")
-    add("CHATSTREAM_IDLE_SECONDS", "300", positive_seconds, "longest time without an event")
+    add("CHATSTREAM_MAX_BODY_BYTES", "1048576", positive_integer, "longest request")
+    add("CHATSTREAM_MAX_EVENT_BYTES", "1048576", positive_integer, "longest event")
+    add("CHATSTREAM_CONNECT_SECONDS", "5", positive_seconds, "to reach the upstream")
+    add("CHATSTREAM_IDLE_SECONDS", "300", positive_seconds, "longest without an event")
     add("CHATSTREAM_WRITE_SECONDS", "30", positive_seconds, "longest wait for a client")
-    add("CHATSTREAM_HEARTBEAT_SECONDS", "10", positive_seconds, "silence until a comment")
-    add("CHATSTREAM_DRAIN_SECONDS", "30", seconds, "how long a shutdown waits for streams")
+    add("CHATSTREAM_HEARTBEAT_SECONDS", "10", positive_seconds, "silence to a comment")
+    add("CHATSTREAM_DRAIN_SECONDS", "30", seconds, "a shutdown's wait for streams")
     add("CHATSTREAM_TLS_CERT", "", str, "PEM file of a certificate: serve HTTPS")
     add("CHATSTREAM_TLS_KEY", "", str, "PEM file of the certificate's key")
     shared = "let several processes share the port"
@@ -1529,8 +1503,8 @@ def add_settings(parser: argparse.ArgumentParser, environ: Mapping[str, str]) ->
     # fmt: on
 
 
-# The functions below convert a value. Of their ValueError, argparse makes a message with their name
-# and the value.
+# The functions below convert a value. argparse turns their ValueError into a message
+# with their name and the value.
 
 
 def positive_integer(text: str) -> int:
@@ -1602,18 +1576,15 @@ def is_base_url(url: str) -> bool:
             return False
     except ValueError:
         return False
-    has_host = re.fullmatch(r"[\w.:-]*\w\.?", host)
-    return (
-        bool(has_host)
-        and parts.scheme in ("http", "https")
-        and not re.search(r"[@?#\s]", url)
-    )
+    if parts.scheme not in ("http", "https") or re.search(r"[@?#\s]", url):
+        return False
+    return bool(re.fullmatch(r"[\w.:-]*\w\.?", host))
 
 
 def environment_proxy(url: str) -> str | None:
     """The proxy for the upstream. Raises BadSetting if it cannot work.
 
-    Found once: aiohttp's `trust_env` looks for it at each request, and reads .netrc as well.
+    Found once: aiohttp's `trust_env` looks for it at each request, and reads .netrc.
     """
     parts = urlsplit(url)
     if is_loopback(parts.hostname or "") or urllib.request.proxy_bypass(parts.netloc):
@@ -1626,8 +1597,8 @@ def environment_proxy(url: str) -> str | None:
     if has_bad_user or not is_base_url(re.sub("//.*@", "//", proxy)):
         # The message does not show the URL, which may have a password.
         raise BadSetting(
-            f"the environment's proxy for {parts.scheme} must be a URL like http://host:3128, with "
-            "no colon in the user name; NO_PROXY makes an exception"
+            f"the environment's proxy for {parts.scheme} must be like http://host:3128, "
+            "with no colon in the user name; NO_PROXY makes an exception"
         )
     return proxy
 
@@ -1636,18 +1607,22 @@ def load_certificate(settings: Settings) -> ssl.SSLContext:
     """Raises BadSetting."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
-        # With a password, even an empty one, OpenSSL does not ask for one at the terminal.
+        # With a password, even an empty one, OpenSSL does not ask at the terminal.
         context.load_cert_chain(settings.tls_cert, settings.tls_key, password="")
     except (OSError, ValueError) as error:
         raise BadSetting(
-            f"CHATSTREAM_TLS_CERT={settings.tls_cert}, CHATSTREAM_TLS_KEY={settings.tls_key}: "
-            f"not PEM files of a certificate and its key, without a password: {error}"
+            f"CHATSTREAM_TLS_CERT={settings.tls_cert}, "
+            f"CHATSTREAM_TLS_KEY={settings.tls_key}: not PEM files of a certificate "
+            f"and its key, without a password: {error}"
         ) from None
     return context
 
 
 def streams_for_files(wanted: int) -> int:
-    """Raises the limit of open files. Returns how many streams it allows, two files for each."""
+    """Raises the limit of open files. Returns how many streams it allows.
+
+    A stream takes two files.
+    """
     try:
         import resource  # noqa: PLC0415
     except ImportError:  # Windows has no such limit
@@ -1656,10 +1631,10 @@ def streams_for_files(wanted: int) -> int:
     with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         files = most
-    allowed = max(1, (files - 64) // 2)
-    if files == resource.RLIM_INFINITY or allowed >= wanted:
-        return wanted
     needed = 2 * wanted + 64
+    if files == resource.RLIM_INFINITY or files >= needed:
+        return wanted
+    allowed = max(1, (files - 64) // 2)
     logger.warning(
         f"{files} open files allow {allowed} streams; for {wanted}: ulimit -n {needed}"
     )
@@ -1667,7 +1642,8 @@ def streams_for_files(wanted: int) -> int:
 
 
 # ---- The demo ------------------------------------------------------------------------
-# An upstream of our own, for a start without a key. Its models show what goes wrong in real life.
+# An upstream of our own, for a start without a key. Its models show what goes wrong in
+# real life.
 
 DEMO_MODELS = (
     "demo",
@@ -1683,9 +1659,9 @@ This is the **built-in demo**: there is no model behind it. You asked:
 
 Here is how each word of this answer gets to your screen:
 
-1. The *upstream* (a model server) generates a token, and sends it as one server-sent event.
+1. The *upstream* (a model server) generates a token and sends it as a server-sent event.
 2. `chatstream.py` checks the event and passes it on at once.
-3. This page parses it, and draws the text that is new.
+3. This page parses it and draws the new text.
 
 | When | then |
 |---|---|
@@ -1693,8 +1669,8 @@ Here is how each word of this answer gets to your screen:
 | the upstream breaks off | you see that the answer is not complete |
 | the server shuts down | running answers may finish first |
 
-Press **Wire** to see the events themselves. To use a real model, set `OPENAI_API_KEY`, or the \
-address of any model server:
+Press **Wire** to see the events themselves. To use a real model, set `OPENAI_API_KEY`,
+or the address of any model server:
 
 ```sh
 # Ollama, for example
@@ -1706,31 +1682,28 @@ OPENAI_BASE_URL=http://localhost:11434/v1 OPENAI_MODEL=llama3.2 python chatstrea
 async def demo_upstream(
     settings: Settings, request: web.BaseRequest
 ) -> web.StreamResponse:
-    """A small OpenAI-compatible server that answers at the pace of a model, and fails like one."""
+    """A small OpenAI-compatible server with the pace of a model, and its failures."""
     try:
         body = decode_json(await request.content.read())
         model = body["model"]
         question = text_of(body["messages"][-1]["content"])
     except (ValueError, LookupError, TypeError):
-        return web.json_response(
-            {"error": {"message": "Not a chat completion."}}, status=400
-        )
+        error = {"message": "Not a chat completion."}
+        return web.json_response({"error": error}, status=400)
     if model == "demo-rate-limit":
         error = {
             "message": "The demo takes no requests right now.",
             "code": "rate_limit_exceeded",
         }
-        return web.json_response(
-            {"error": error}, status=429, headers={"Retry-After": "5"}
-        )
+        headers = {"Retry-After": "5"}
+        return web.json_response({"error": error}, status=429, headers=headers)
     answer = DEMO_ANSWER.replace("{question}", question[:2000].replace("\n", "\n> "))
     completion = {"id": "chatcmpl-demo", "created": int(time.time()), "model": model}
     if not body.get("stream"):
         message = {"role": "assistant", "content": answer}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
-        return web.json_response(
-            completion | {"object": "chat.completion", "choices": [choice]}
-        )
+        whole = {"object": "chat.completion", "choices": [choice]}
+        return web.json_response(completion | whole)
 
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
     await response.prepare(request)
@@ -1750,18 +1723,12 @@ def demo_events(
     deltas.append({})
     breaks_off = model in ("demo-cut-off", "demo-error")
     for delta in deltas[: len(deltas) // 2] if breaks_off else deltas:
-        choice = {
-            "index": 0,
-            "delta": delta,
-            "finish_reason": None if delta else "stop",
-        }
+        reason = None if delta else "stop"
+        choice = {"index": 0, "delta": delta, "finish_reason": reason}
         chunk = {**completion, "object": "chat.completion.chunk", "choices": [choice]}
         yield b"data: %b\n\n" % encode_json(chunk).encode()
     if model == "demo-error":
-        error = {
-            "message": "The demo model ran out of memory.",
-            "code": "out_of_memory",
-        }
+        error = {"message": "The demo has no memory left.", "code": "out_of_memory"}
         yield b"data: %b\n\n" % encode_json({"error": error}).encode()
     elif not breaks_off:
         yield DONE
@@ -1770,9 +1737,8 @@ def demo_events(
 def text_of(content: object) -> str:
     """A message's content is a text, or a list of parts, some of which have a text."""
     if isinstance(content, list):
-        return " ".join(
-            text_of(part.get("text")) for part in content if isinstance(part, dict)
-        )
+        parts = [part for part in content if isinstance(part, dict)]
+        return " ".join(text_of(part.get("text")) for part in parts)
     return content if isinstance(content, str) else ""
 
 
@@ -1780,25 +1746,11 @@ def text_of(content: object) -> str:
 
 
 async def serve(settings: Settings) -> None:
-    """Runs until the first SIGINT or SIGTERM, then drains. A second one ends it at once."""
+    """Runs until the first SIGINT or SIGTERM, then drains."""
     loop = asyncio.get_running_loop()
-    stopping = asyncio.Event()
-    first_signal = 0.0
-
-    def on_signal(*_: object) -> None:
-        nonlocal first_signal
-        now = time.monotonic()
-        if not first_signal:
-            first_signal = now
-            loop.call_soon_threadsafe(stopping.set)
-        # `timeout` and `npm run` pass on a Ctrl+C that we have received ourselves.
-        elif now - first_signal > 0.5:
-            os._exit(1)
-
-    # On Windows, the loop has no add_signal_handler.
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
     loop.set_exception_handler(on_loop_error)
+    stopping = asyncio.Event()
+    handle_signals(lambda: loop.call_soon_threadsafe(stopping.set))
     async with AsyncExitStack() as stack:
         upstream = settings.base_url or OPENAI_URL
         if not settings.api_key and not settings.base_url:
@@ -1815,12 +1767,28 @@ async def serve(settings: Settings) -> None:
         announce(f"  models:   {', '.join(settings.model)}")
         announce("  to stop:  Ctrl+C")
         await stopping.wait()
-        announce(
-            f"draining for up to {settings.drain_seconds:g} s; Ctrl+C ends it at once"
-        )
-    # Python's own exit would wait for host names that do not resolve, and a broken stdout would
-    # change its status.
+    # Python's own exit would wait for host names that do not resolve, and a broken
+    # stdout would change its status.
     os._exit(0)
+
+
+def handle_signals(stop: Callable[[], object]) -> None:
+    """The first SIGINT or SIGTERM calls `stop`. A second one ends the process at once."""
+    first_signal = 0.0
+
+    def on_signal(*_: object) -> None:
+        nonlocal first_signal
+        now = time.monotonic()
+        if not first_signal:
+            first_signal = now
+            stop()
+        # `timeout` and `npm run` pass on a Ctrl+C that we have received ourselves.
+        elif now - first_signal > 0.5:
+            os._exit(1)
+
+    # On Windows, the loop has no add_signal_handler.
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
 
 
 def announce(line: str) -> None:
@@ -1830,7 +1798,7 @@ def announce(line: str) -> None:
 
 
 def on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Without files left, asyncio would log a traceback for each connection that it can't take."""
+    """Without files left, asyncio would log a traceback for each new connection."""
     error = context.get("exception")
     if not (isinstance(error, OSError) and error.errno in OUT_OF_FILES):
         loop.default_exception_handler(context)
@@ -1838,10 +1806,9 @@ def on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> N
 
 def main() -> None:
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
-    logging.raiseExceptions = (
-        False  # a closed or broken stderr must not stop the server, either
-    )
-    # It would log a traceback for each malformed request. Our own errors never get there.
+    # A closed or broken stderr must not stop the server, either.
+    logging.raiseExceptions = False
+    # It would log a traceback for each malformed request. Ours never get there.
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
     settings = read_settings(os.environ, sys.argv[1:])
     try:

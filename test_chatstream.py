@@ -3550,7 +3550,7 @@ class Log(ServerCase):
     async def test_the_line_of_a_good_stream(self) -> None:
         """A stream has one line: id, outcome, status, events and times."""
         line = await self.line_for(SAYS_HI, HELLO | {"stream": True})
-        pattern = r"id=my-id outcome=completed status=200 events=2 first=0\.\d+s total=0\.\d+s"
+        pattern = r"id=my-id outcome=completed status=200 events=2 first=\d+\.\d+s total=\d+\.\d+s"
         self.assertRegex(line, pattern)
 
     async def test_reasons(self) -> None:
@@ -4033,6 +4033,18 @@ def accepts_connections(url: str) -> bool:
     return True
 
 
+def pauses_until(go_on: asyncio.Event) -> Script:
+    """An upstream that says half of its answer, and the other half after this event."""
+
+    async def script(call: Call) -> None:
+        await call.send_head()
+        await call.send(SAID)
+        await go_on.wait()
+        await call.send(FINISH + DONE)
+
+    return script
+
+
 class Drain(ServerCase):
     """SIGTERM or SIGINT ends the program without cutting off an answer."""
 
@@ -4048,9 +4060,9 @@ class Drain(ServerCase):
             ) as program:
                 yield program
 
-    async def until_it_drains(self, url: str) -> None:
-        """Waits until nobody can connect any more."""
-        await eventually(lambda: not accepts_connections(url))
+    async def until_it_drains(self, program: Program) -> None:
+        """Waits until nobody can connect any more. To try it would disturb asyncio 3.11."""
+        await eventually(lambda: "draining for up to" in program.stderr)
 
     async def test_idle(self) -> None:
         """With no request in flight it ends at once, with status 0, idle connections or not."""
@@ -4076,19 +4088,13 @@ class Drain(ServerCase):
         """A running stream ends as it would have, and the program after it."""
         go_on = asyncio.Event()
 
-        async def script(call: Call) -> None:
-            await call.send_head()
-            await call.send(SAID)
-            await go_on.wait()
-            await call.send(FINISH + DONE)
-
         async with (
-            self.program(script) as program,
+            self.program(pauses_until(go_on)) as program,
             self.asking(program.url) as response,
         ):
             await response.content.readuntil(b"\n\n")
             program.signal(signal.SIGTERM)
-            await self.until_it_drains(program.url)
+            await self.until_it_drains(program)
             go_on.set()
             self.assertEqual(await response.read(), FINISH + DONE)
             exited = await program.exit()
@@ -4104,7 +4110,7 @@ class Drain(ServerCase):
             asking = asyncio.create_task(self.ask(program.url, path=COMPLETIONS))
             await self.upstream.next_call()
             program.signal(signal.SIGTERM)
-            await self.until_it_drains(program.url)
+            await self.until_it_drains(program)
             go_on.set()
             self.assertEqual((await asking).json, WHOLE_ANSWER)
             self.assertEqual((await program.exit()).status, 0)
@@ -4117,7 +4123,7 @@ class Drain(ServerCase):
             asking = asyncio.create_task(self.get(program.url + "/v1/models"))
             await self.upstream.next_call()
             program.signal(signal.SIGTERM)
-            await self.until_it_drains(program.url)
+            await self.until_it_drains(program)
             await asyncio.sleep(0.5)  # longer than aiohttp would wait by itself
             go_on.set()
             self.assertEqual((await asking).json["data"][0]["id"], "a")
@@ -4141,7 +4147,7 @@ class Drain(ServerCase):
                     await client.read_until(b"ok")
                     clients[request] = client
                 program.signal(signal.SIGTERM)
-                await self.until_it_drains(program.url)
+                await self.until_it_drains(program)
                 answers = {}
                 for request, client in clients.items():
                     client.send(requests[request])
@@ -4236,7 +4242,7 @@ class Drain(ServerCase):
                 client.send(http_request(HELLO, headers={"Connection": "close"}))
                 await client.read_until(b"200 OK")
                 program.signal(signal.SIGTERM)
-                await self.until_it_drains(program.url)
+                await self.until_it_drains(program)
                 # A second after the deadline even this client is dropped.
                 with suppress(ConnectionError):
                     self.assertNotIn(b"server_draining", await client.read_to_end())
@@ -4254,7 +4260,7 @@ class Drain(ServerCase):
                 await left.content.readuntil(b"\n\n")
                 await stays.content.readuntil(b"\n\n")
                 program.signal(signal.SIGINT)
-                await self.until_it_drains(program.url)
+                await self.until_it_drains(program)
                 left.close()
                 await eventually(lambda: "outcome=client_gone" in program.stderr)
                 await asyncio.sleep(0.6)
@@ -4265,20 +4271,14 @@ class Drain(ServerCase):
         """A second signal within half a second is the same key press, passed on by a wrapper."""
         go_on = asyncio.Event()
 
-        async def script(call: Call) -> None:
-            await call.send_head()
-            await call.send(SAID)
-            await go_on.wait()
-            await call.send(FINISH + DONE)
-
         async with (
-            self.program(script) as program,
+            self.program(pauses_until(go_on)) as program,
             self.asking(program.url) as response,
         ):
             await response.content.readuntil(b"\n\n")
             program.signal(signal.SIGINT)
             program.signal(signal.SIGTERM)
-            await self.until_it_drains(program.url)
+            await self.until_it_drains(program)
             go_on.set()
             self.assertEqual(await response.read(), FINISH + DONE)
             self.assertEqual((await program.exit()).status, 0)
