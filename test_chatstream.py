@@ -2621,7 +2621,8 @@ class TimeLimits(ServerCase):
         self.assertIn("this stream is broken", "\n".join(self.log.tracebacks))
 
     @unittest.skipUnless(
-        os.environ.get("CHATSTREAM_TEST_SLOW"), "takes more than a minute"
+        os.environ.get("CHATSTREAM_TEST_SLOW"),
+        "CHATSTREAM_TEST_SLOW is not set: it takes more than a minute",
     )
     async def test_idle_connections(self) -> None:
         """An idle connection, or half a head, is closed after about a minute."""
