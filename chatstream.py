@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = ["aiohttp>=3.14.2,<4"]
 # ///
-"""chatstream: a streaming chat server in one file, to run, to read and to copy from.
+"""chatstream: a streaming chat server in one file, to run, read and copy.
 
     pip install "aiohttp>=3.14.2,<4"
     python chatstream.py               # then open http://localhost:8080
@@ -14,7 +14,7 @@ The path of a token, from the upstream (any OpenAI-compatible server) to the cli
         └──── aborted: the client left, time is up, we shut down ────┘
 
 Read it from the top. `EventParser` turns bytes into events, `Relay` decides what goes
-out, `chat` is the life of one stream, `enforce_limits` ends it when somebody is silent
+out, `chat` is the life of one stream, `enforce_limits` ends it when one side is silent
 for too long, and `handle` is the entry point that aiohttp calls. The rest is what every
 server needs.
 """
@@ -74,7 +74,7 @@ class EventParser:
         self.saw_unknown_field = False
 
     def feed(self, piece: bytes) -> Iterator[tuple[bytes, bytes]]:
-        """Yields the type (b"" unless it was named) and the data of each complete event.
+        """Yields the type (b"" if there is none) and the data of each complete event.
 
         Raises OverflowError if an event exceeds the limit, after yielding the ones
         before it.
@@ -94,14 +94,14 @@ class EventParser:
             raise OverflowError
 
     def close(self) -> Iterator[tuple[bytes, bytes]]:
-        """Like `feed`, at the end of the body: the last event may lack its blank line."""
+        """Like `feed`, at the end of the body. The last event may lack its blank line."""
         return self.feed(b"\n\n")
 
     def complete_lines(self, piece: bytes) -> list[bytes]:
         """Returns the lines that this piece completes. Keeps the rest for the next one."""
         if not piece:
             return []
-        # A CR has ended its line already. An LF after it is the second half of a CRLF.
+        # A CR has already ended its line. An LF after it is the second half of a CRLF.
         if self.after_cr and piece.startswith(b"\n"):
             piece = piece[1:]
         self.after_cr = piece.endswith(b"\r")
@@ -115,7 +115,7 @@ class EventParser:
             lines[0] = bytes(self.partial_line) + lines[0]
             self.partial_line.clear()
         self.partial_line += rest
-        # A comment may be of any length. Nobody reads it, so it need not fill the memory.
+        # A comment may have any length. Nobody reads it, so it is not kept.
         if self.partial_line.startswith(b":"):
             del self.partial_line[1:]
         return lines
@@ -162,7 +162,7 @@ ERRORS = {  # code: (HTTP status, outcome in the metrics, message)
     "upstream_invalid": (502, "upstream_error", "The model server's answer cannot be read."),
     "event_too_large": (502, "upstream_error", "The model server's answer is too large."),
     "empty_stream": (502, "upstream_error", "The model server sent an empty answer."),
-    "stream_truncated": (502, "truncated", "The model server broke off its answer."),
+    "stream_truncated": (502, "truncated", "The model server's answer was cut off."),
     "upstream_rejected": (400, "upstream_error", "The model server refused the request."),
     "too_many_streams": (503, "rejected", "Too many answers are being streamed right now."),
     "server_draining": (503, "rejected", "This server is shutting down."),
@@ -181,7 +181,7 @@ TYPES = {  # HTTP status: `type` of the error; for all others "invalid_request_e
 
 @dataclass(eq=False)
 class Failure(Exception):
-    """Why a request gets no complete answer. Its code gives it what is not set here."""
+    """Why a request gets no complete answer. Fields that are not set come from ERRORS."""
 
     code: str
     message: str = ""  # for the client
@@ -204,7 +204,7 @@ class Failure(Exception):
 
 # ---- What goes out -------------------------------------------------------------------
 # Chunks (JSON objects with `choices`) and heartbeats, then [DONE] or one error. Anything
-# else breaks some client.
+# else breaks clients.
 
 DONE = b"data: [DONE]\n\n"
 WHITE_SPACE = b" \t\r\n"  # in JSON
@@ -219,7 +219,7 @@ class Relay:
     def __init__(self, parser: EventParser) -> None:
         self.parser = parser
         self.first_byte = b""
-        self.document = bytearray()  # a body that is no stream, but one JSON document
+        self.document = bytearray()  # a body that is one JSON document, not a stream
         self.events_received = 0
         self.events_sent = 0
         self.choices: set[str] = set()
@@ -230,12 +230,12 @@ class Relay:
 
     @property
     def all_finished(self) -> bool:
-        """Every choice has its `finish_reason`: the end may follow without [DONE]."""
+        """Every choice has a `finish_reason`: the body may end without [DONE]."""
         return bool(self.choices) and self.choices == self.finished_choices
 
     def feed(self, piece: bytes) -> bytes:
         """Returns the events to send after this piece, each as b"data: PAYLOAD\\n\\n"."""
-        # The first byte says what kind of body this is: Content-Type is often wrong.
+        # The first byte decides the kind of body: Content-Type is often wrong.
         if not self.first_byte:
             self.first_byte = piece.lstrip(BOM + WHITE_SPACE)[:1]
         if self.first_byte == b"<":
@@ -249,7 +249,7 @@ class Relay:
         return b""
 
     def close(self, error: Exception | None = None) -> bytes:
-        """Like `feed`, at the end of the body. `error`: what broke the connection.
+        """Like `feed`, at the end of the body. `error` is what broke the connection.
 
         The only place that decides whether the answer is complete.
         """
@@ -259,7 +259,7 @@ class Relay:
             is_cut = self.malformed and is_half(document)
             is_complete = self.events_sent > 0 and not error
         else:
-            # Without its blank line, a malformed last event was cut in two.
+            # A malformed last event without its blank line was cut off.
             out = self.relay_events(self.parser.close())
             is_cut = self.malformed
             is_complete = False
@@ -302,7 +302,7 @@ class Relay:
         return b"".join(out)
 
     def check_event(self, event_type: bytes, data: bytes) -> bytes:
-        """Returns the payload to send; empty if this event is of no use to a client.
+        """Returns the payload to send, or b"" if no client needs this event.
 
         Raises Failure for an error in the stream; ValueError or RecursionError if
         malformed.
@@ -318,7 +318,7 @@ class Relay:
         chunk = decode_json(data)
         if has_error(chunk):
             raise error_in_stream(data)
-        if chunk is None:  # `data: null`, which some servers send as a sign of life
+        if chunk is None:  # `data: null`, which some servers send as a heartbeat
             return b""
         if not isinstance(chunk, dict):
             raise ValueError("not an object")
@@ -356,12 +356,12 @@ COMMON_HEADERS = {"Server": "chatstream", "X-Content-Type-Options": "nosniff"}
 STREAM_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache, no-transform",
-    # Otherwise nginx holds the whole answer back.
+    # Otherwise, nginx buffers the whole answer.
     "X-Accel-Buffering": "no",
 }
 
 # What aiohttp raises if the connection to the upstream fails, or (RuntimeError) if it
-# had failed before.
+# has already failed.
 UPSTREAM_ERRORS = (aiohttp.ClientError, HttpProcessingError, OSError, RuntimeError)
 
 
@@ -383,22 +383,22 @@ class Exchange:
         self.bytes_written = 0
         self.is_writing = False
         self.is_ending = False  # all of the answer is known: nothing may be added
-        self.is_sent = False  # the client's side has taken all of it
+        self.is_sent = False  # the kernel has taken all of it
         self.failure: Failure | None = None
         self.client_stall = Stall()
 
-        # Of a chat completion
+        # For a chat completion
         self.relay: Relay | None = None
         self.body_received = False
-        self.takes_heartbeats = False  # it will be an event stream
+        self.takes_heartbeats = False  # the answer is to be an event stream
         self.upstream: aiohttp.ClientResponse | None = None
         self.may_be_paid = False  # the upstream may charge for this request
-        self.first_event_seconds = 0.0  # 0: there was none yet
+        self.first_event_seconds = 0.0  # 0: none yet
         self.upstream_stall = Stall()
         self.write_stall = Stall()
 
     async def begin(self, response: web.StreamResponse) -> None:
-        """Sends the head of the answer. From here on, its status cannot change."""
+        """Sends the status and the headers. After that, they cannot change."""
         response.headers.update(COMMON_HEADERS | {"X-Request-Id": self.id})
         # In HTTP/1.0, only the end of the connection ends a body.
         if self.server.draining or self.request.version < (1, 1):
@@ -409,7 +409,7 @@ class Exchange:
     async def write(self, data: bytes) -> None:
         """Writes events. Waits while the client is slow.
 
-        Meanwhile nobody reads from the upstream, so it has to wait, too: back-pressure.
+        Meanwhile, nothing is read from the upstream, so it waits, too: back-pressure.
         """
         response = self.response or web.StreamResponse(headers=STREAM_HEADERS)
         if not self.response:
@@ -424,7 +424,7 @@ class Exchange:
     async def finish(
         self, response: web.StreamResponse, last: bytes = b""
     ) -> web.StreamResponse:
-        """Ends the answer. Returns when the client's side has taken all of it.
+        """Ends the answer. Returns when the kernel has taken all of it.
 
         Until then, this exchange counts as running.
         """
@@ -432,8 +432,8 @@ class Exchange:
         if not self.response:
             await self.begin(response)
         self.bytes_written += len(last)
-        # write_eof() waits while more than this is left. A closing TLS transport has no
-        # limits to set.
+        # With high=0, write_eof() waits until all is sent. A closing TLS transport has
+        # no limits.
         if not self.transport.is_closing():
             self.transport.set_write_buffer_limits(high=0)
         await response.write_eof(last)
@@ -443,7 +443,7 @@ class Exchange:
         return response
 
     def stop(self, failure: Failure) -> None:
-        """Ends the exchange with a failure to report to the client."""
+        """Ends the exchange. The client gets this failure."""
         if self.failure or self.is_ending:
             return
         self.failure = failure
@@ -467,9 +467,8 @@ async def chat(exchange: Exchange) -> web.StreamResponse:
     completion = check_request(body, settings.model, always_stream)
     exchange.takes_heartbeats = completion.get("stream") is True
     answer = await open_upstream(exchange, "/chat/completions", completion)
-    # The key line: however this block is left, the connection to the upstream is
-    # aborted, unless the answer has been read to its end. A model that nobody reads
-    # still costs money.
+    # The key line: however this block ends, the connection to the upstream is
+    # aborted, unless the answer has been read to the end. Unread tokens cost money.
     with closing(answer):
         if not exchange.takes_heartbeats:
             body = await read_completion(answer, settings.max_event_bytes)
@@ -482,10 +481,9 @@ async def chat(exchange: Exchange) -> web.StreamResponse:
 async def relay_answer(
     exchange: Exchange, relay: Relay, answer: aiohttp.ClientResponse
 ) -> web.StreamResponse:
-    """Relays each event the moment its last byte is in. Raises Failure.
+    """Relays each event as soon as it is complete. Raises Failure.
 
-    The status waits for the first event: what fails before it gets an HTTP status of
-    its own.
+    The status waits for the first event: an earlier failure gets its own HTTP status.
     """
     while not relay.failure:
         try:
@@ -506,7 +504,7 @@ async def relay_answer(
 
 
 async def read_end(answer: aiohttp.ClientResponse) -> None:
-    """Waits a moment for the end of the body: then the connection can be used again."""
+    """Waits briefly for the end of the body, so that the connection can be reused."""
     with suppress(*UPSTREAM_ERRORS):
         async with asyncio.timeout(0.05):
             while await answer.content.readany():
@@ -514,10 +512,9 @@ async def read_end(answer: aiohttp.ClientResponse) -> None:
 
 
 class UpstreamAnswer(aiohttp.ClientResponse):
-    """Closes by aborting the connection: a polite goodbye takes time, and tokens.
+    """Closes by aborting the connection: unread tokens cost money.
 
-    aiohttp calls `close` itself if we are cancelled before the head of the answer is
-    here.
+    aiohttp calls `close` itself if we are cancelled before the headers arrive.
     """
 
     def close(self) -> None:
@@ -528,14 +525,14 @@ class UpstreamAnswer(aiohttp.ClientResponse):
 
 
 # ---- Time limits ---------------------------------------------------------------------
-# Every exchange is looked at a few times a second: a timer for each read and each write
-# costs more.
+# Every exchange is checked a few times a second: a timer for each read and each write
+# would cost more.
 
 SECONDS_AFTER_FINISH = 5
 
 
 class Stall:
-    """Measures for how long a value has not changed while we waited for it to change."""
+    """Measures how long a value has not changed while we waited for it to change."""
 
     def __init__(self) -> None:
         self.value = 0
@@ -567,14 +564,14 @@ def enforce_limits(exchange: Exchange, settings: Settings) -> bool:
     relay = exchange.relay
     if not relay or exchange.is_ending:
         return False
-    # While the client has not taken everything, the upstream is not to blame.
+    # Until the client has taken everything, the upstream is not to blame.
     upstreams_turn = exchange.body_received and not unsent
     silent = exchange.upstream_stall.seconds(relay.events_received, upstreams_turn)
     if silent >= settings.idle_seconds:
         cause = "silent for CHATSTREAM_IDLE_SECONDS"
         exchange.stop(Failure("upstream_timeout", cause=cause))
-    # aiohttp does not always tell the reader that its connection was lost. And some
-    # upstreams leave it open after they have said everything.
+    # aiohttp does not always report a lost connection. Some upstreams leave the
+    # connection open after their last event.
     upstream = exchange.upstream
     connection = upstream.connection if upstream else None
     is_lost = connection is not None and connection.closed
@@ -588,7 +585,7 @@ def enforce_limits(exchange: Exchange, settings: Settings) -> bool:
 
 
 async def watch(server: Chatstream) -> None:
-    """Enforces the limits of all exchanges, as long as the server runs."""
+    """Enforces the limits of all exchanges while the server runs."""
     settings = server.settings
     shortest = min(
         settings.idle_seconds, settings.write_seconds, settings.heartbeat_seconds
@@ -601,7 +598,7 @@ async def watch(server: Chatstream) -> None:
                     await exchange.write(b": keep-alive\n\n")
             except ConnectionError:
                 pass  # the client has left, and aiohttp cancels the handler
-            # A fault in one exchange must not end the limits of the others.
+            # A bug in one exchange must not stop the checks of the others.
             except Exception as error:
                 logger.exception("a bug in chatstream")
                 exchange.stop(Failure("internal_error", cause=repr(error)))
@@ -611,9 +608,9 @@ async def watch(server: Chatstream) -> None:
 
 
 async def handle(server: Chatstream, request: web.BaseRequest) -> web.StreamResponse:
-    """Called by aiohttp for each request. Every request ends here, in whatever way."""
+    """Called by aiohttp for each request. Every request also ends here."""
     if not request.transport:
-        return web.Response()  # the client has left already
+        return web.Response()  # the client has already left
     exchange = Exchange(server, request, request.transport)
     server.exchanges.add(exchange)
     limit_unsent_bytes(exchange.transport)
@@ -657,7 +654,7 @@ async def send_failure(exchange: Exchange, failure: Failure) -> web.StreamRespon
     else:
         response = json_response(body, failure.status, failure.headers)
         if exchange.may_be_paid:
-            # OpenAI's clients repeat a 5xx twice otherwise, and each time is paid for.
+            # Otherwise, OpenAI's clients retry a 5xx twice, and you pay each time.
             response.headers["X-Should-Retry"] = "false"
     with suppress(ConnectionError):
         await exchange.finish(response, last)
@@ -672,9 +669,9 @@ def json_response(
 
 
 def limit_unsent_bytes(transport: asyncio.Transport) -> None:
-    """Lets the kernel hold little that it has not sent.
+    """Limits the unsent bytes in the kernel.
 
-    Otherwise it takes more in such large steps that a slow client looks dead.
+    Otherwise, it takes data in such large steps that a slow client looks dead.
     """
     if transport.is_closing():
         return
@@ -694,15 +691,15 @@ async def listen(
     """Starts aiohttp's low-level server. Raises OSError if it cannot listen."""
     server = web.Server(
         handler,
-        # Cancels the handler as soon as the client leaves. Without it, a closed tab
-        # reaches the model only with the next write.
+        # Cancels the handler as soon as the client leaves. Otherwise, a closed tab
+        # is noticed only at the next write.
         handler_cancellation=True,
         # Inflated, 60 KB of a request can become 60 MB.
         auto_decompress=False,
         # A browser on localhost sends the cookies of all ports.
         max_field_size=2**16,
         max_line_size=2**16,
-        # Seconds until an idle connection, or half a request head, is closed.
+        # Seconds until an idle connection, or an unfinished head, is closed.
         keepalive_timeout=60,
         access_log=None,
     )
@@ -714,18 +711,18 @@ async def listen(
 
 
 # ---- The request ---------------------------------------------------------------------
-# Unknown parameters pass, so that those that OpenAI adds next year work.
+# Unknown parameters are passed on: OpenAI may add some next year.
 
 
 def request_id(request: web.BaseRequest) -> str:
-    """The client's own id if it is a sane one, else a new UUID."""
+    """The client's own id if it is sane, else a new UUID."""
     sent = request.headers.get("X-Request-Id", "")
     is_sane = re.fullmatch(r"[A-Za-z0-9._-]{1,128}", sent)
     return sent if is_sane else str(uuid.uuid4())
 
 
 async def read_body(reader: aiohttp.StreamReader, limit: int) -> bytes:
-    """Reads a body to its end, but stops as soon as it is longer than the limit."""
+    """Reads a body to the end, but stops once it exceeds the limit."""
     body = bytearray()
     while len(body) <= limit:
         piece = await reader.readany()
@@ -760,10 +757,9 @@ async def read_request(exchange: Exchange, settings: Settings) -> bytes:
 def check_request(
     body: bytes, models: tuple[str, ...], always_stream: bool
 ) -> dict[str, Any]:
-    """Returns the request as it is sent on. Raises Failure.
+    """Returns the request to send upstream. Raises Failure.
 
-    It is encoded anew: a key that the body repeats cannot slip another model past this
-    check.
+    It is encoded again: a duplicate key cannot slip another model past this check.
     """
     try:
         completion = decode_json(body)
@@ -804,7 +800,7 @@ OPENAI_URL = "https://api.openai.com/v1"
 OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)
 UUID = r"(?i)[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 
-# After these errors, the upstream has not seen the request.
+# With these errors, the upstream never saw the request.
 NOT_SENT = (
     aiohttp.ClientConnectorError,
     aiohttp.ConnectionTimeoutError,
@@ -816,7 +812,7 @@ def open_session(settings: Settings, proxy: str | None) -> aiohttp.ClientSession
     """Our connections to the upstream."""
     headers = {
         "Content-Type": "application/json",
-        # Some servers refuse the one without the other.
+        # Some servers require both.
         "Accept": "text/event-stream, application/json",
         # A compressed stream comes in bursts.
         "Accept-Encoding": "identity",
@@ -835,12 +831,12 @@ def open_session(settings: Settings, proxy: str | None) -> aiohttp.ClientSession
         proxy=proxy,
         headers=headers,
         timeout=aiohttp.ClientTimeout(total=None, connect=settings.connect_seconds),
-        # One person's cookie must not go out with the next person's request.
+        # One user's cookie must not be sent with another user's request.
         cookie_jar=aiohttp.DummyCookieJar(),
         response_class=UpstreamAnswer,
-        # Inflating 29 KB of gzip can keep the loop busy for 20 s.
+        # Inflating 29 KB of gzip can block the loop for 20 s.
         auto_decompress=False,
-        # Bytes of each stream that wait here while its client is slow.
+        # Bytes buffered per stream while its client is slow.
         read_bufsize=2**13,
         max_field_size=2**16,
         max_line_size=2**16,
@@ -850,9 +846,9 @@ def open_session(settings: Settings, proxy: str | None) -> aiohttp.ClientSession
 async def open_upstream(
     exchange: Exchange, path: str, completion: dict[str, Any] | None = None
 ) -> aiohttp.ClientResponse:
-    """Sends a request. Returns the answer if it is a good one; the caller closes it.
+    """Sends a request. Returns a successful answer, which the caller closes.
 
-    Raises Failure. A failed request is never repeated: it might be paid for twice.
+    Raises Failure. A failed request is never retried: you might pay twice.
     """
     server = exchange.server
     headers = {}
@@ -866,7 +862,7 @@ async def open_upstream(
             server.upstream_url + path,
             data=encode_json(completion).encode() if completion else None,
             headers=headers,
-            allow_redirects=False,  # the key would travel along
+            allow_redirects=False,  # it would leak the key
         )
     except UPSTREAM_ERRORS as error:
         if isinstance(error, NOT_SENT):
@@ -876,7 +872,7 @@ async def open_upstream(
     encoding = answer.headers.get("Content-Encoding", "identity")
     if 200 <= answer.status < 300 and encoding == "identity":
         return answer
-    # From now on, a heartbeat must not make the status 200.
+    # A heartbeat must no longer send a 200.
     exchange.takes_heartbeats = False
     if 400 <= answer.status < 500:
         exchange.may_be_paid = False
@@ -896,7 +892,7 @@ def connection_failure(error: Exception) -> Failure:
 
 
 async def status_failure(answer: aiohttp.ClientResponse) -> Failure:
-    """What a bad answer means. A client's mistake is reported in the upstream's words."""
+    """Converts a bad answer. A client's mistake is reported in the upstream's words."""
     status = answer.status
     if status < 300:
         return Failure("upstream_invalid", cause="a compressed answer")
@@ -921,7 +917,7 @@ async def status_failure(answer: aiohttp.ClientResponse) -> Failure:
 
 
 async def read_completion(answer: aiohttp.ClientResponse, limit: int) -> bytes:
-    """Returns the body of an answer that is not streamed, checked. Raises Failure."""
+    """Reads and checks an answer that is not streamed. Raises Failure."""
     try:
         body = await read_body(answer.content, limit)
     except UPSTREAM_ERRORS as error:
@@ -941,8 +937,7 @@ async def read_completion(answer: aiohttp.ClientResponse, limit: int) -> bytes:
 
 
 # ---- The upstreams' dialects ---------------------------------------------------------
-# What they send instead of what OpenAI would send: errors under a good status, whole
-# messages.
+# Where they differ from OpenAI: errors with a good status, whole messages, and so on.
 
 
 def refuse_constant(name: str) -> None:
@@ -955,12 +950,12 @@ encode_json = json.JSONEncoder(allow_nan=False).encode
 
 
 def decode_json(data: bytes) -> Any:
-    """Raises ValueError if it is not JSON in UTF-8, RecursionError if too deep."""
+    """Raises ValueError if it is not JSON in UTF-8, RecursionError if it nests too deep."""
     return JSON_DECODER.decode(data.decode())
 
 
 def replace_message(choice: dict[str, Any], is_repetition: bool) -> None:
-    """Gives a choice of a whole answer a `delta`, as in a stream, for its `message`."""
+    """Replaces the `message` of a whole answer with a `delta`, as in a stream."""
     message = choice.pop("message")
     if "delta" in choice:
         return
@@ -974,7 +969,7 @@ def replace_message(choice: dict[str, Any], is_repetition: bool) -> None:
 
 
 def is_half(document: bytes | bytearray) -> bool:
-    """Was it cut off? Then it opens more objects than it closes."""
+    """A document that was cut off opens more objects than it closes."""
     return document.count(b"{") > document.count(b"}")
 
 
@@ -991,7 +986,7 @@ def first_of_list(document: object) -> object:
 
 
 def has_error(document: object) -> bool:
-    """Is it an error, in one of the upstreams' dialects?"""
+    """True for an error in any upstream's dialect."""
     document = first_of_list(document)
     if not isinstance(document, dict):
         return False
@@ -1008,12 +1003,12 @@ def error_in_stream(data: bytes) -> Failure:
     return describe(Failure("upstream_error", cause=excerpt(data)), data)
 
 
-# A page or a traceback is for the log, not for the reader.
+# HTML and tracebacks are for the log, not for the user.
 NOT_FOR_READERS = re.compile(r"(?i)<(!doctype|html|head|body)\b|Traceback \(most")
 
 
 def describe(failure: Failure, body: bytes) -> Failure:
-    """Fills in what an upstream's body says of its error, in any known dialect."""
+    """Fills in the error details from an upstream's body, in any known dialect."""
     try:
         document = first_of_list(decode_json(body))
     except (ValueError, RecursionError):
@@ -1036,7 +1031,7 @@ ERROR_KEYS = ("error", "errors", "message", "msg", "detail", "choices")
 
 
 def message_in(document: object) -> str:
-    """The text for people: {"error": {"message": text}}, {"detail": [{"msg": text}]} …"""
+    """The message text: {"error": {"message": text}}, {"detail": [{"msg": text}]} …"""
     while isinstance(document, dict | list):
         if isinstance(document, list):
             document = document[0] if document else ""
@@ -1047,13 +1042,13 @@ def message_in(document: object) -> str:
 
 
 def excerpt(body: bytes) -> str:
-    """As much of an upstream's body as the log shows."""
+    """The start of an upstream's body, for the log."""
     return body[:300].decode(errors="backslashreplace")
 
 
 # ---- Who gets in ---------------------------------------------------------------------
 # A page on another origin, or one whose name was rebound to this machine, must not
-# spend the key. Browsers reveal both in headers that no page can change.
+# use the key. Browsers reveal both in headers that no page can change.
 
 
 def is_loopback(host: str) -> bool:
@@ -1061,7 +1056,7 @@ def is_loopback(host: str) -> bool:
 
 
 def route(server: Chatstream, request: web.BaseRequest) -> Handler:
-    """Returns the handler of a request that may come in. Raises Failure."""
+    """Returns the handler of an allowed request. Raises Failure."""
     path = request.path
     is_guarded = path in ("/", "/stream") or path.startswith("/v1/")
     is_post = request.method == "POST"
@@ -1084,7 +1079,7 @@ def route(server: Chatstream, request: web.BaseRequest) -> Handler:
 
 
 def is_known_host(request: web.BaseRequest, hosts: set[str]) -> bool:
-    """`hosts` are the names that we serve, in lower case. Without any, we serve all."""
+    """`hosts` are the names that we serve, in lower case. If there are none, we serve all."""
     host = request.headers.get("Host", "").lower()
     match = re.fullmatch(r"(\[[0-9a-f:.]+\]|[^:@/\s]+)(:\d{1,5})?", host)
     return not hosts or (match is not None and not hosts.isdisjoint((host, match[1])))
@@ -1111,7 +1106,7 @@ def has_token(request: web.BaseRequest, token: str) -> bool:
         return True
     scheme, _, sent = request.headers.get("Authorization", "").partition(" ")
     given = sent.strip().encode(errors="surrogateescape")
-    # The time of this comparison does not depend on where the two differ.
+    # This comparison takes the same time wherever the two differ.
     is_same = hmac.compare_digest(given, token.encode())
     return is_same and scheme.lower() == "bearer"
 
@@ -1122,13 +1117,13 @@ logger = logging.getLogger("chatstream")
 
 
 class Chatstream:
-    """The server: `await start()` it, and in the end `await drain()`."""
+    """The server: `await start()` first, `await drain()` last."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.upstream_url = settings.base_url or OPENAI_URL
         self.proxy = environment_proxy(self.upstream_url)
-        # A shorter text is no secret, and blotting it out would spoil every message.
+        # Shorter text is not secret, and masking it would garble every message.
         keys = (settings.api_key, settings.token)
         self.secrets = [key for key in keys if len(key) > 8]
         if self.proxy and "@" in self.proxy:
@@ -1158,7 +1153,9 @@ class Chatstream:
         except (OSError, ValueError) as error:
             message = f"cannot listen on CHATSTREAM_HOST={settings.host}: {error}"
             if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
-                message = f"CHATSTREAM_PORT={settings.port} is in use; 0: any free one"
+                message = (
+                    f"CHATSTREAM_PORT={settings.port} is in use; 0 takes any free one"
+                )
             raise BadSetting(message) from None
         self.session = open_session(settings, self.proxy)
         self.watcher = asyncio.create_task(watch(self))
@@ -1166,7 +1163,7 @@ class Chatstream:
         return f"http{'s' if tls else ''}://{host}:{self.runner.addresses[0][1]}"
 
     def admit(self, exchange: Exchange) -> Relay:
-        """Counts a chat completion, before its body takes memory. Raises Failure."""
+        """Counts a chat completion before its body is read. Raises Failure."""
         if len(self.streams) >= self.max_streams:
             raise Failure("too_many_streams")
         self.streams.add(exchange)
@@ -1174,7 +1171,7 @@ class Chatstream:
         return exchange.relay
 
     def redact(self, text: str) -> str:
-        """Blots out our secrets, which an upstream or a proxy may have quoted."""
+        """Masks our secrets, which an upstream or a proxy may have quoted."""
         for secret in self.secrets:
             text = text.replace(secret, "***")
         return text
@@ -1186,17 +1183,17 @@ class Chatstream:
         for site in list(self.runner.sites):
             await site.stop()
         wait = self.settings.drain_seconds
-        logger.info(f"draining for up to {wait:g} s; Ctrl+C ends it at once")
+        logger.info(f"draining for up to {wait:g} s; Ctrl+C exits at once")
         for exchange in self.streams:
             if not exchange.body_received:
                 exchange.stop(Failure("server_draining"))
-        # 2. Let the running ones end.
+        # 2. Let running ones finish.
         await self.wait_for_exchanges(wait)
-        # 3. Tell those that are left.
+        # 3. Send the rest an error.
         for exchange in self.exchanges:
             exchange.stop(Failure("server_draining", outcome="drained"))
         await self.wait_for_exchanges(1)
-        # 4. Drop those that do not listen.
+        # 4. Abort any that are still left.
         for exchange in self.exchanges:
             exchange.transport.abort()
         await self.runner.cleanup()
@@ -1240,12 +1237,12 @@ MAX_MODELS_BYTES = 2**22
 
 
 async def list_models(exchange: Exchange) -> web.StreamResponse:
-    """The allowed models, in OpenAI's form. With `*`, also those of the upstream."""
+    """The allowed models, in OpenAI's format. With `*`, also the upstream's."""
     server = exchange.server
     entries: list[Any] = [{"id": name} for name in server.settings.model if name != "*"]
     if "*" in server.settings.model:
         entries += await upstream_models(exchange)
-    # Strict clients want these fields, and not all upstreams have them.
+    # Strict clients need these fields, and some upstreams omit them.
     defaults = {"object": "model", "created": server.created, "owned_by": "chatstream"}
     models: dict[str, dict[str, Any]] = {}
     for entry in entries:
@@ -1279,7 +1276,7 @@ async def upstream_models(exchange: Exchange) -> list[Any]:
 
 
 async def probe(exchange: Exchange) -> web.StreamResponse:
-    """200 as long as the process lives; for /readyz, 503 once it is draining."""
+    """200 while the process is alive; for /readyz, 503 once it is draining."""
     if exchange.server.draining and exchange.request.path == "/readyz":
         raise Failure("server_draining")
     return await exchange.finish(json_response(b'{"status": "ok"}'))
@@ -1318,7 +1315,7 @@ class Metrics:
 
 
 def count_and_log(exchange: Exchange) -> None:
-    """Counts an exchange that has ended, in one outcome, and writes its log line."""
+    """Counts a finished exchange under one outcome, and writes its log line."""
     failure = exchange.failure
     if failure:
         outcome = failure.outcome
@@ -1385,11 +1382,11 @@ def measurements(server: Chatstream) -> Iterator[Measurement]:
     # fmt: off
     yield "chatstream_active_streams", "gauge", "Streams running now.", {"": active}
     yield "chatstream_draining", "gauge", "1: shutting down.", {"": int(server.draining)}
-    yield "chatstream_max_streams", "gauge", "Most at once.", {"": server.max_streams}
-    yield "chatstream_streams_total", "counter", "Requests, by how they ended.", outcomes
+    yield "chatstream_max_streams", "gauge", "Stream limit.", {"": server.max_streams}
+    yield "chatstream_streams_total", "counter", "Requests by outcome.", outcomes
     yield "chatstream_events_total", "counter", "Chunks sent.", {"": metrics.events_sent}
-    yield first_chunk, "histogram", "To the first chunk.", metrics.first_chunk.samples()
-    yield duration, "histogram", "To the end of the answer.", metrics.duration.samples()
+    yield first_chunk, "histogram", "First-chunk delay.", metrics.first_chunk.samples()
+    yield duration, "histogram", "Total answer time.", metrics.duration.samples()
     # fmt: on
 
 
@@ -1408,7 +1405,7 @@ ROUTES: dict[str, tuple[tuple[str, ...], Handler]] = {  # `route` says which are
 
 
 # ---- Settings ------------------------------------------------------------------------
-# A setting is a field of Settings and a line in `add_settings`.
+# A setting is a field of Settings and, unless it is a secret, a line in `add_settings`.
 
 
 class BadSetting(Exception):
@@ -1438,10 +1435,10 @@ class Settings:
 
 
 def read_settings(environ: Mapping[str, str], arguments: list[str]) -> Settings:
-    """Reads flags, else variables, else defaults. A bad one ends the program, status 2."""
+    """Reads flags, else variables, else defaults. A bad value exits with status 2."""
     parser = argparse.ArgumentParser(
         description="A streaming chat server.",
-        epilog="Secrets have a variable and no flag: OPENAI_API_KEY, CHATSTREAM_TOKEN.",
+        epilog="Secrets have a variable but no flag: OPENAI_API_KEY, CHATSTREAM_TOKEN.",
         allow_abbrev=False,
     )
     add_settings(parser, environ)
@@ -1450,7 +1447,7 @@ def read_settings(environ: Mapping[str, str], arguments: list[str]) -> Settings:
         parser.error(f"unknown argument: {unknown[0].partition('=')[0]}")
     values.api_key = environ.get("OPENAI_API_KEY", "").strip()
     values.token = environ.get("CHATSTREAM_TOKEN", "").strip()
-    in_header = "must be visible ASCII, since it travels in a header"
+    in_header = "must be visible ASCII, to fit in a header"
     if not re.fullmatch("[!-~]*", values.api_key):
         parser.error(f"OPENAI_API_KEY {in_header}")
     if not re.fullmatch("[!-~]*", values.token):
@@ -1474,7 +1471,7 @@ def add_settings(parser: argparse.ArgumentParser, environ: Mapping[str, str]) ->
         name = variable.partition("_")[2].lower()
         parser.add_argument(
             "--" + name.replace("_", "-"),
-            # argparse converts a default that is a string as if it were a flag's value.
+            # argparse converts a default that is a string like a flag's value.
             default=environ.get(variable, "").strip() or default,
             type=convert,
             metavar="VALUE",
@@ -1483,20 +1480,20 @@ def add_settings(parser: argparse.ArgumentParser, environ: Mapping[str, str]) ->
         )
 
     # fmt: off
-    add("OPENAI_BASE_URL", "", base_url, "an OpenAI-compatible server; none: OpenAI")
+    add("OPENAI_BASE_URL", "", base_url, "OpenAI-compatible server; empty = OpenAI")
     add("OPENAI_MODEL", "gpt-4o-mini", names, "models, the default first; * = any")
     add("CHATSTREAM_HOST", "127.0.0.1", str, "address; a public one needs a token")
     add("CHATSTREAM_PORT", "8080", port_number, "port; 0 = any free one")
-    add("CHATSTREAM_ALLOWED_HOSTS", "", host_names, "further Host names served")
+    add("CHATSTREAM_ALLOWED_HOSTS", "", host_names, "more Host names to accept")
     add("CHATSTREAM_MAX_STREAMS", "1000", positive_integer, "streams at once")
-    add("CHATSTREAM_MAX_BODY_BYTES", "1048576", positive_integer, "longest request")
-    add("CHATSTREAM_MAX_EVENT_BYTES", "1048576", positive_integer, "longest event")
-    add("CHATSTREAM_CONNECT_SECONDS", "5", positive_seconds, "to reach the upstream")
-    add("CHATSTREAM_IDLE_SECONDS", "300", positive_seconds, "longest without an event")
+    add("CHATSTREAM_MAX_BODY_BYTES", "1048576", positive_integer, "largest request")
+    add("CHATSTREAM_MAX_EVENT_BYTES", "1048576", positive_integer, "largest event")
+    add("CHATSTREAM_CONNECT_SECONDS", "5", positive_seconds, "connect timeout")
+    add("CHATSTREAM_IDLE_SECONDS", "300", positive_seconds, "longest wait for an event")
     add("CHATSTREAM_WRITE_SECONDS", "30", positive_seconds, "longest wait for a client")
-    add("CHATSTREAM_HEARTBEAT_SECONDS", "10", positive_seconds, "silence to a comment")
-    add("CHATSTREAM_DRAIN_SECONDS", "30", seconds, "a shutdown's wait for streams")
-    add("CHATSTREAM_TLS_CERT", "", str, "PEM file of a certificate: serve HTTPS")
+    add("CHATSTREAM_HEARTBEAT_SECONDS", "10", positive_seconds, "heartbeat interval")
+    add("CHATSTREAM_DRAIN_SECONDS", "30", seconds, "longest wait at shutdown")
+    add("CHATSTREAM_TLS_CERT", "", str, "PEM file of a certificate, for HTTPS")
     add("CHATSTREAM_TLS_KEY", "", str, "PEM file of the certificate's key")
     shared = "let several processes share the port"
     add("CHATSTREAM_REUSE_PORT", "false", true_or_false, shared, nargs="?", const=True)
@@ -1558,13 +1555,13 @@ def base_url(text: str) -> str:
     if url.endswith("/chat/completions"):
         raise argparse.ArgumentTypeError(f"{shown}: leave out /chat/completions")
     if url and not is_base_url(url):
-        form = "http://localhost:11434/v1, without user, query and fragment"
-        raise argparse.ArgumentTypeError(f"{shown} is not like {form}")
+        form = "http://localhost:11434/v1, without user, query or fragment"
+        raise argparse.ArgumentTypeError(f"{shown} must be like {form}")
     return url
 
 
 def is_base_url(url: str) -> bool:
-    """Is it http(s), with a host that can exist, and nothing but a path after it?"""
+    """True for http(s) with a valid host and at most a path after it."""
     try:
         parts = urlsplit(url)
         host = parts.hostname or ""
@@ -1584,7 +1581,7 @@ def is_base_url(url: str) -> bool:
 def environment_proxy(url: str) -> str | None:
     """The proxy for the upstream. Raises BadSetting if it cannot work.
 
-    Found once: aiohttp's `trust_env` looks for it at each request, and reads .netrc.
+    Read once: aiohttp's `trust_env` looks it up for each request, and reads .netrc.
     """
     parts = urlsplit(url)
     if is_loopback(parts.hostname or "") or urllib.request.proxy_bypass(parts.netloc):
@@ -1598,7 +1595,7 @@ def environment_proxy(url: str) -> str | None:
         # The message does not show the URL, which may have a password.
         raise BadSetting(
             f"the environment's proxy for {parts.scheme} must be like http://host:3128, "
-            "with no colon in the user name; NO_PROXY makes an exception"
+            "with no colon in the user name; NO_PROXY bypasses it"
         )
     return proxy
 
@@ -1607,19 +1604,19 @@ def load_certificate(settings: Settings) -> ssl.SSLContext:
     """Raises BadSetting."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
-        # With a password, even an empty one, OpenSSL does not ask at the terminal.
+        # Given a password, even an empty one, OpenSSL does not prompt for one.
         context.load_cert_chain(settings.tls_cert, settings.tls_key, password="")
     except (OSError, ValueError) as error:
         raise BadSetting(
             f"CHATSTREAM_TLS_CERT={settings.tls_cert}, "
-            f"CHATSTREAM_TLS_KEY={settings.tls_key}: not PEM files of a certificate "
-            f"and its key, without a password: {error}"
+            f"CHATSTREAM_TLS_KEY={settings.tls_key}: not a PEM certificate "
+            f"and its unencrypted key: {error}"
         ) from None
     return context
 
 
 def streams_for_files(wanted: int) -> int:
-    """Raises the limit of open files. Returns how many streams it allows.
+    """Raises the limit on open files. Returns how many streams it allows.
 
     A stream takes two files.
     """
@@ -1642,8 +1639,8 @@ def streams_for_files(wanted: int) -> int:
 
 
 # ---- The demo ------------------------------------------------------------------------
-# An upstream of our own, for a start without a key. Its models show what goes wrong in
-# real life.
+# Our own upstream, for starting without a key. Its models show what goes wrong in
+# practice.
 
 DEMO_MODELS = (
     "demo",
@@ -1657,7 +1654,7 @@ This is the **built-in demo**: there is no model behind it. You asked:
 
 > {question}
 
-Here is how each word of this answer gets to your screen:
+Here is how each word of this answer reaches your screen:
 
 1. The *upstream* (a model server) generates a token and sends it as a server-sent event.
 2. `chatstream.py` checks the event and passes it on at once.
@@ -1665,11 +1662,11 @@ Here is how each word of this answer gets to your screen:
 
 | When | then |
 |---|---|
-| you press **Stop** | the upstream is cut off, and you stop paying |
-| the upstream breaks off | you see that the answer is not complete |
+| you press **Stop** | the request is aborted, and you stop paying |
+| the upstream crashes | you see that the answer is incomplete |
 | the server shuts down | running answers may finish first |
 
-Press **Wire** to see the events themselves. To use a real model, set `OPENAI_API_KEY`,
+Press **Wire** to see the events themselves. To use a real model, set `OPENAI_API_KEY`
 or the address of any model server:
 
 ```sh
@@ -1682,7 +1679,7 @@ OPENAI_BASE_URL=http://localhost:11434/v1 OPENAI_MODEL=llama3.2 python chatstrea
 async def demo_upstream(
     settings: Settings, request: web.BaseRequest
 ) -> web.StreamResponse:
-    """A small OpenAI-compatible server with the pace of a model, and its failures."""
+    """A small OpenAI-compatible server that imitates a model's pace and failures."""
     try:
         body = decode_json(await request.content.read())
         model = body["model"]
@@ -1692,7 +1689,7 @@ async def demo_upstream(
         return web.json_response({"error": error}, status=400)
     if model == "demo-rate-limit":
         error = {
-            "message": "The demo takes no requests right now.",
+            "message": "The demo is rate-limited right now.",
             "code": "rate_limit_exceeded",
         }
         headers = {"Retry-After": "5"}
@@ -1735,7 +1732,7 @@ def demo_events(
 
 
 def text_of(content: object) -> str:
-    """A message's content is a text, or a list of parts, some of which have a text."""
+    """A message's content is text, or a list of parts, some with text."""
     if isinstance(content, list):
         parts = [part for part in content if isinstance(part, dict)]
         return " ".join(text_of(part.get("text")) for part in parts)
@@ -1758,7 +1755,7 @@ async def serve(settings: Settings) -> None:
             stack.push_async_callback(demo.cleanup)
             url = f"http://127.0.0.1:{demo.addresses[0][1]}/v1"
             settings = replace(settings, base_url=url, model=DEMO_MODELS)
-            upstream = "the demo; set OPENAI_API_KEY or OPENAI_BASE_URL to leave it"
+            upstream = "the demo, until you set OPENAI_API_KEY or OPENAI_BASE_URL"
         server = Chatstream(settings)
         address = await server.start()
         stack.push_async_callback(server.drain)
@@ -1767,8 +1764,8 @@ async def serve(settings: Settings) -> None:
         announce(f"  models:   {', '.join(settings.model)}")
         announce("  to stop:  Ctrl+C")
         await stopping.wait()
-    # Python's own exit would wait for host names that do not resolve, and a broken
-    # stdout would change its status.
+    # A normal exit would wait for pending DNS lookups, and a broken stdout would change
+    # its status.
     os._exit(0)
 
 
@@ -1782,7 +1779,7 @@ def handle_signals(stop: Callable[[], object]) -> None:
         if not first_signal:
             first_signal = now
             stop()
-        # `timeout` and `npm run` pass on a Ctrl+C that we have received ourselves.
+        # `timeout` and `npm run` repeat a Ctrl+C that we have already received.
         elif now - first_signal > 0.5:
             os._exit(1)
 
@@ -1792,13 +1789,13 @@ def handle_signals(stop: Callable[[], object]) -> None:
 
 
 def announce(line: str) -> None:
-    """Prints a line. A closed or broken stdout must not stop the server, or its drain."""
+    """Prints a line. A closed or broken stdout must not stop the server or its drain."""
     with suppress(OSError, ValueError):
         print(line, flush=True)
 
 
 def on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Without files left, asyncio would log a traceback for each new connection."""
+    """When out of files, asyncio would log a traceback for each new connection."""
     error = context.get("exception")
     if not (isinstance(error, OSError) and error.errno in OUT_OF_FILES):
         loop.default_exception_handler(context)
@@ -1806,9 +1803,9 @@ def on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> N
 
 def main() -> None:
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
-    # A closed or broken stderr must not stop the server, either.
+    # A closed or broken stderr must not stop the server either.
     logging.raiseExceptions = False
-    # It would log a traceback for each malformed request. Ours never get there.
+    # aiohttp would log a traceback for each malformed request. We log our own bugs.
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
     settings = read_settings(os.environ, sys.argv[1:])
     try:
