@@ -4712,20 +4712,19 @@ class Element:
     async def focus(self) -> None:
         await self.read("element.focus()")
 
-    async def click(self, times: int = 1) -> None:
+    async def click(self) -> None:
         """Presses and releases the mouse in the middle of the element."""
         await self.read("element.scrollIntoViewIfNeeded()")
         box = await self.read("element.getBoundingClientRect().toJSON()")
-        for count in range(1, times + 1):
-            for kind in ("mousePressed", "mouseReleased"):
-                await self.page.devtools.call(
-                    "Input.dispatchMouseEvent",
-                    type=kind,
-                    x=box["x"] + box["width"] / 2,
-                    y=box["y"] + box["height"] / 2,
-                    button="left",
-                    clickCount=count,
-                )
+        for kind in ("mousePressed", "mouseReleased"):
+            await self.page.devtools.call(
+                "Input.dispatchMouseEvent",
+                type=kind,
+                x=box["x"] + box["width"] / 2,
+                y=box["y"] + box["height"] / 2,
+                button="left",
+                clickCount=1,
+            )
 
 
 # The codes that Windows gives to keys; browsers report them as `keyCode`.
@@ -4849,11 +4848,9 @@ class Page:
         element = await self.find(role, name, index)
         await element.focus()
 
-    async def click(
-        self, name: str, index: int = -1, role: str = "button", times: int = 1
-    ) -> None:
+    async def click(self, name: str, index: int = -1, role: str = "button") -> None:
         element = await self.find(role, name, index)
-        await element.click(times)
+        await element.click()
 
     async def type(self, text: str) -> None:
         await self.devtools.call("Input.insertText", text=text)
@@ -5283,14 +5280,6 @@ class Composer(PageCase):
         await page.say("next")
         self.assertEqual(await page.message(), "next")
         self.assertEqual(len(self.calls), 1)
-
-    async def test_double_click(self) -> None:
-        """A double click on "Send" sends, and does not stop at once."""
-        page = await self.open(STALLS)
-        await page.type("Hello")
-        await page.click("Send", times=2)
-        await page.wait_for_text("Once")
-        self.assertEqual(await page.status(), "Answering…")
 
     async def test_grows(self) -> None:
         """The composer grows with its text."""
