@@ -30,6 +30,7 @@ import hmac
 import ipaddress
 import json
 import logging
+import math
 import os
 import re
 import signal
@@ -39,7 +40,6 @@ import sys
 import time
 import urllib.request
 import uuid
-from bisect import bisect_left
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, closing, suppress
 from dataclasses import dataclass, field, replace
@@ -51,6 +51,8 @@ from urllib.parse import unquote, urlsplit
 import aiohttp
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
+
+logger = logging.getLogger("chatstream")
 
 # ---- Server-sent events --------------------------------------------------------------
 # Bytes in, events out. This class needs nothing else from this file: copy it freely.
@@ -186,6 +188,7 @@ class Failure(Exception):
     code: str
     message: str = ""  # for the client
     cause: str = ""  # for the log
+    body: bytes = b""  # what the upstream sent, for the log
     status: int = 0
     outcome: str = ""
     type: str = ""
@@ -239,7 +242,7 @@ class Relay:
         if not self.first_byte:
             self.first_byte = piece.lstrip(BOM + WHITE_SPACE)[:1]
         if self.first_byte == b"<":
-            self.failure = Failure("upstream_error", cause=f"a page: {excerpt(piece)}")
+            self.failure = Failure("upstream_error", cause="a page", body=piece)
             return b""
         if self.first_byte not in (b"{", b"["):
             return self.relay_events(self.parser.feed(piece))
@@ -254,6 +257,7 @@ class Relay:
         The only place that decides whether the answer is complete.
         """
         if self.document:
+            # A CR is white space in JSON, but would end the line of an event.
             document = self.document.strip(BOM + WHITE_SPACE).replace(b"\r", b" ")
             out = self.relay_events([(b"", bytes(document))])
             is_cut = self.malformed and is_half(document)
@@ -297,15 +301,14 @@ class Relay:
             self.failure = Failure("event_too_large")
         except (ValueError, RecursionError):
             self.malformed = True
-            cause = f"not a JSON object: {excerpt(data)}"
-            self.failure = Failure("upstream_invalid", cause=cause)
+            cause = "not a JSON object"
+            self.failure = Failure("upstream_invalid", cause=cause, body=data)
         return b"".join(out)
 
     def check_event(self, event_type: bytes, data: bytes) -> bytes:
         """Returns the payload to send, or b"" if no client needs this event.
 
-        Raises Failure for an error in the stream; ValueError or RecursionError if
-        malformed.
+        Raises Failure for an error in the stream, ValueError if malformed.
         """
         # The whole payload must be [DONE]: a token may contain this text.
         if data.strip() == b"[DONE]":
@@ -338,7 +341,7 @@ class Relay:
         for choice in choices:
             if not isinstance(choice, dict):
                 continue
-            index = repr(choice.get("index"))
+            index = repr(choice.get("index"))  # it may be of any type
             if "message" in choice:
                 replace_message(choice, is_repetition=index in self.choices)
                 changed = True
@@ -378,10 +381,10 @@ class Exchange:
         self.id = request_id(request)
         self.started = time.monotonic()
 
-        # The answer
-        self.response: web.StreamResponse | None = None  # once its head has been sent
+        # The answer is not begun, then written, then ending, then sent.
+        self.response: web.StreamResponse | None = None  # None: not begun
         self.bytes_written = 0
-        self.is_writing = False
+        self.is_writing = False  # we wait for a slow client
         self.is_ending = False  # all of the answer is known: nothing may be added
         self.is_sent = False  # the kernel has taken all of it
         self.failure: Failure | None = None
@@ -390,30 +393,35 @@ class Exchange:
         # For a chat completion
         self.relay: Relay | None = None
         self.body_received = False
-        self.takes_heartbeats = False  # the answer is to be an event stream
         self.upstream: aiohttp.ClientResponse | None = None
         self.may_be_paid = False  # the upstream may charge for this request
+        self.takes_heartbeats = False
         self.first_event_seconds = 0.0  # 0: none yet
         self.upstream_stall = Stall()
         self.write_stall = Stall()
 
-    async def begin(self, response: web.StreamResponse) -> None:
-        """Sends the status and the headers. After that, they cannot change."""
+    async def begin(
+        self, response: web.StreamResponse | None = None
+    ) -> web.StreamResponse:
+        """Sends the status and the headers, those of an event stream if none are given.
+
+        After that, they cannot change.
+        """
+        response = response or web.StreamResponse(headers=STREAM_HEADERS)
         response.headers.update(COMMON_HEADERS | {"X-Request-Id": self.id})
         # In HTTP/1.0, only the end of the connection ends a body.
         if self.server.draining or self.request.version < (1, 1):
             response.force_close()
         self.response = response
         await response.prepare(self.request)
+        return response
 
     async def write(self, data: bytes) -> None:
         """Writes events. Waits while the client is slow.
 
         Meanwhile, nothing is read from the upstream, so it waits, too: back-pressure.
         """
-        response = self.response or web.StreamResponse(headers=STREAM_HEADERS)
-        if not self.response:
-            await self.begin(response)
+        response = self.response or await self.begin()
         self.bytes_written += len(data)
         self.is_writing = True
         await response.write(data)
@@ -422,23 +430,17 @@ class Exchange:
             raise self.failure
 
     async def finish(
-        self, response: web.StreamResponse, last: bytes = b""
+        self, response: web.StreamResponse | None = None, last: bytes = b""
     ) -> web.StreamResponse:
-        """Ends the answer. Returns when the kernel has taken all of it.
+        """Ends the answer that has begun, or else this response.
 
-        Until then, this exchange counts as running.
+        Returns when the kernel has taken all of it. Until then, the exchange counts as
+        running.
         """
         self.is_ending = True
-        if not self.response:
-            await self.begin(response)
+        response = self.response or await self.begin(response)
         self.bytes_written += len(last)
-        # With high=0, write_eof() waits until all is sent. A closing TLS transport has
-        # no limits.
-        if not self.transport.is_closing():
-            self.transport.set_write_buffer_limits(high=0)
         await response.write_eof(last)
-        if not self.transport.is_closing():
-            self.transport.set_write_buffer_limits()
         self.is_sent = True
         return response
 
@@ -459,48 +461,53 @@ async def chat(exchange: Exchange) -> web.StreamResponse:
     Raises Failure. CancelledError may be raised at any `await`: by aiohttp as soon as
     the client has left (see `handler_cancellation` in `listen`), or by `Exchange.stop`.
     """
-    settings = exchange.server.settings
-    always_stream = exchange.request.path == "/stream"
-    relay = exchange.server.admit(exchange)
+    server = exchange.server
+    settings = server.settings
+    # It counts before its body is read: bodies must not fill the memory.
+    if len(server.streams) >= server.max_streams:
+        raise Failure("too_many_streams")
+    server.streams.add(exchange)
+    relay = Relay(EventParser(settings.max_event_bytes))
+    exchange.relay = relay
     body = await read_request(exchange, settings)
     exchange.body_received = True
-    completion = check_request(body, settings.model, always_stream)
-    exchange.takes_heartbeats = completion.get("stream") is True
-    answer = await open_upstream(exchange, "/chat/completions", completion)
-    # The key line: however this block ends, the connection to the upstream is
-    # aborted, unless the answer has been read to the end. Unread tokens cost money.
+    always_stream = exchange.request.path == "/stream"
+    body, is_stream = check_request(body, settings.model, always_stream)
+    exchange.takes_heartbeats = is_stream
+    answer = await open_upstream(exchange, "/chat/completions", body)
+    # The key line: however this block ends, the connection to the upstream is aborted,
+    # unless the answer has been read to the end. Unread tokens cost money.
     with closing(answer):
-        if not exchange.takes_heartbeats:
+        if not is_stream:
             body = await read_completion(answer, settings.max_event_bytes)
             return await exchange.finish(json_response(body))
-        response = await relay_answer(exchange, relay, answer)
+        await relay_answer(exchange, relay, answer)
+        response = await exchange.finish()
         await read_end(answer)
-    return await exchange.finish(response)
+        return response
 
 
 async def relay_answer(
     exchange: Exchange, relay: Relay, answer: aiohttp.ClientResponse
-) -> web.StreamResponse:
+) -> None:
     """Relays each event as soon as it is complete. Raises Failure.
 
     The status waits for the first event: an earlier failure gets its own HTTP status.
     """
-    while not relay.failure:
+    while not relay.done:
+        if relay.failure:
+            raise relay.failure
         try:
             piece = await answer.content.readany()
         except UPSTREAM_ERRORS as error:
             out = relay.close(error)
         else:
             out = relay.feed(piece) if piece else relay.close()
-        exchange.is_ending = relay.done
-        if not out:
-            continue
-        if not exchange.first_event_seconds:
+        if out and not exchange.first_event_seconds:
             exchange.first_event_seconds = time.monotonic() - exchange.started
-        await exchange.write(out)
-        if relay.done and exchange.response:
-            return exchange.response
-    raise relay.failure
+        exchange.is_ending = relay.done
+        if out:
+            await exchange.write(out)
 
 
 async def read_end(answer: aiohttp.ClientResponse) -> None:
@@ -538,7 +545,8 @@ class Stall:
         self.value = 0
         self.since = time.monotonic()
 
-    def seconds(self, value: int, is_waiting: bool) -> float:
+    def update(self, value: int, is_waiting: bool) -> float:
+        """Returns the seconds since the value last changed, or we did not wait for it."""
         now = time.monotonic()
         if value != self.value or not is_waiting:
             self.value = value
@@ -546,42 +554,49 @@ class Stall:
         return now - self.since
 
 
-def enforce_limits(exchange: Exchange, settings: Settings) -> bool:
-    """Ends an exchange if its client or its upstream is silent for too long.
-
-    Returns True when a heartbeat is due.
-    """
-    if exchange.transport.is_closing():
-        return False  # the client has left, and aiohttp cancels the handler
-    unsent = exchange.transport.get_write_buffer_size()
+def enforce_limits(exchange: Exchange, settings: Settings) -> None:
+    """Ends an exchange if its client or its upstream is silent for too long."""
+    unsent = unsent_bytes(exchange.transport)
     bytes_taken = exchange.bytes_written - unsent
-    stalled = exchange.client_stall.seconds(bytes_taken, is_waiting=unsent > 0)
+    stalled = exchange.client_stall.update(bytes_taken, is_waiting=unsent > 0)
     if stalled >= settings.write_seconds:
         # aiohttp cancels the handler, as it does for a closed tab.
         exchange.transport.abort()
-        return False
 
     relay = exchange.relay
     if not relay or exchange.is_ending:
-        return False
+        return
     # Until the client has taken everything, the upstream is not to blame.
     upstreams_turn = exchange.body_received and not unsent
-    silent = exchange.upstream_stall.seconds(relay.events_received, upstreams_turn)
+    silent = exchange.upstream_stall.update(relay.events_received, upstreams_turn)
     if silent >= settings.idle_seconds:
         cause = "silent for CHATSTREAM_IDLE_SECONDS"
         exchange.stop(Failure("upstream_timeout", cause=cause))
-    # aiohttp does not always report a lost connection. Some upstreams leave the
-    # connection open after their last event.
     upstream = exchange.upstream
-    connection = upstream.connection if upstream else None
-    is_lost = connection is not None and connection.closed
-    is_over = relay.all_finished and silent >= SECONDS_AFTER_FINISH
-    if upstream and upstreams_turn and (is_lost or is_over):
-        upstream.close()  # this ends the read in `relay_answer`
+    if not upstream or not upstreams_turn:
+        return
+    # Closing the upstream ends the read in `relay_answer`. aiohttp does not always report
+    # a lost connection there.
+    if upstream.connection and upstream.connection.closed:
+        upstream.close()
+    # Some upstreams leave the connection open after their last event.
+    if relay.all_finished and silent >= SECONDS_AFTER_FINISH:
+        upstream.close()
 
-    quiet = exchange.write_stall.seconds(exchange.bytes_written, upstreams_turn)
-    is_due = quiet >= settings.heartbeat_seconds
-    return is_due and exchange.takes_heartbeats and not exchange.failure
+
+def needs_heartbeat(exchange: Exchange, settings: Settings) -> bool:
+    is_waiting = exchange.body_received and not unsent_bytes(exchange.transport)
+    quiet = exchange.write_stall.update(exchange.bytes_written, is_waiting)
+    if exchange.is_ending or exchange.failure:
+        return False
+    return exchange.takes_heartbeats and quiet >= settings.heartbeat_seconds
+
+
+def unsent_bytes(transport: asyncio.Transport) -> int:
+    # asyncio's TLS transport has nothing to ask once it is closed.
+    with suppress(AttributeError):
+        return transport.get_write_buffer_size()
+    return 0
 
 
 async def watch(server: Chatstream) -> None:
@@ -594,7 +609,8 @@ async def watch(server: Chatstream) -> None:
         await asyncio.sleep(max(0.01, min(1.0, shortest / 10)))
         for exchange in list(server.exchanges):
             try:
-                if enforce_limits(exchange, settings):
+                enforce_limits(exchange, settings)
+                if needs_heartbeat(exchange, settings):
                     await exchange.write(b": keep-alive\n\n")
             except ConnectionError:
                 pass  # the client has left, and aiohttp cancels the handler
@@ -613,7 +629,7 @@ async def handle(server: Chatstream, request: web.BaseRequest) -> web.StreamResp
         return web.Response()  # the client has already left
     exchange = Exchange(server, request, request.transport)
     server.exchanges.add(exchange)
-    limit_unsent_bytes(exchange.transport)
+    limit_unsent_bytes(request.transport)
     try:
         handler = route(server, request)
         return await handler(exchange)
@@ -647,9 +663,9 @@ async def send_failure(exchange: Exchange, failure: Failure) -> web.StreamRespon
         "request_id": exchange.id,
     }
     body = encode_json({"error": error}).encode()
+    response = exchange.response
     last = b""
-    if exchange.response:
-        response = exchange.response
+    if response:
         last = b"data: %b\n\n" % body
     else:
         response = json_response(body, failure.status, failure.headers)
@@ -669,12 +685,12 @@ def json_response(
 
 
 def limit_unsent_bytes(transport: asyncio.Transport) -> None:
-    """Limits the unsent bytes in the kernel.
-
-    Otherwise, it takes data in such large steps that a slow client looks dead.
-    """
+    """Makes asyncio and the kernel hold few bytes that are not sent yet."""
     if transport.is_closing():
         return
+    # With this limit, `write_eof` waits until all is sent.
+    transport.set_write_buffer_limits(high=0)
+    # Otherwise, the kernel takes data in such large steps that a slow client looks dead.
     connection = transport.get_extra_info("socket")
     if connection and hasattr(socket, "TCP_NOTSENT_LOWAT"):
         with suppress(OSError):
@@ -703,6 +719,7 @@ async def listen(
         keepalive_timeout=60,
         access_log=None,
     )
+    # `drain` has waited before; this is for the demo.
     runner = web.ServerRunner(server, shutdown_timeout=0.2)
     await runner.setup()
     site = web.TCPSite(runner, host, port, ssl_context=tls, reuse_port=reuse_port)
@@ -756,15 +773,14 @@ async def read_request(exchange: Exchange, settings: Settings) -> bytes:
 
 def check_request(
     body: bytes, models: tuple[str, ...], always_stream: bool
-) -> dict[str, Any]:
-    """Returns the request to send upstream. Raises Failure.
+) -> tuple[bytes, bool]:
+    """Returns the request to send upstream, and whether it asks for a stream.
 
-    It is encoded again: a duplicate key cannot slip another model past this check.
+    Raises Failure.
     """
     try:
         completion = decode_json(body)
-        encode_json(completion)  # refuses numbers like 1e999
-    except (ValueError, RecursionError):
+    except ValueError:
         raise Failure("invalid_json") from None
     if not isinstance(completion, dict):
         raise Failure("invalid_request")
@@ -791,7 +807,11 @@ def check_request(
         raise Failure("invalid_request", message)
     if model not in models and "*" not in models:
         raise Failure("model_not_found")
-    return completion
+    try:
+        # Encoded again, a duplicate key cannot slip another model past this check.
+        return encode_json(completion).encode(), stream
+    except (ValueError, RecursionError):  # a number like 1e999
+        raise Failure("invalid_json") from None
 
 
 # ---- The upstream --------------------------------------------------------------------
@@ -844,7 +864,7 @@ def open_session(settings: Settings, proxy: str | None) -> aiohttp.ClientSession
 
 
 async def open_upstream(
-    exchange: Exchange, path: str, completion: dict[str, Any] | None = None
+    exchange: Exchange, path: str, body: bytes | None = None
 ) -> aiohttp.ClientResponse:
     """Sends a request. Returns a successful answer, which the caller closes.
 
@@ -855,12 +875,12 @@ async def open_upstream(
     # llama-cpp-python refuses every request whose id is not a UUID.
     if re.fullmatch(UUID, exchange.id):
         headers["X-Request-Id"] = exchange.id
-    exchange.may_be_paid = completion is not None
+    exchange.may_be_paid = body is not None
     try:
         answer = await server.session.request(
-            "POST" if completion else "GET",
+            "GET" if body is None else "POST",
             server.upstream_url + path,
-            data=encode_json(completion).encode() if completion else None,
+            data=body,
             headers=headers,
             allow_redirects=False,  # it would leak the key
         )
@@ -886,8 +906,9 @@ def connection_failure(error: Exception) -> Failure:
         code = "upstream_timeout"
     elif isinstance(error, OSError) and error.errno in OUT_OF_FILES:
         code = "too_many_streams"
+    # Not a subclass, such as a proxy's refusal. It does not speak HTTP.
     elif type(error) is aiohttp.ClientResponseError:
-        code = "upstream_invalid"  # it does not speak HTTP
+        code = "upstream_invalid"
     return Failure(code, cause=f"{type(error).__name__}: {error}")
 
 
@@ -901,19 +922,18 @@ async def status_failure(answer: aiohttp.ClientResponse) -> Failure:
     with suppress(*UPSTREAM_ERRORS):
         async with asyncio.timeout(2):
             body = await read_body(answer.content, 2**16)
-    cause = excerpt(body)
     if status == 401:
-        return Failure("upstream_auth", cause=f"is OPENAI_API_KEY right? {cause}")
+        return Failure("upstream_auth", cause="is OPENAI_API_KEY right?", body=body)
     if status == 407:  # a proxy's
-        return Failure("upstream_unreachable", cause=cause)
+        return Failure("upstream_unreachable", body=body)
     if not 400 <= status < 500:
-        return Failure("upstream_error", cause=cause)
-    failure = Failure("upstream_rejected", cause=cause, status=status)
+        return Failure("upstream_error", body=body)
+    failure = Failure("upstream_rejected", body=body, status=status)
     for name, value in answer.headers.items():
         is_limit = re.fullmatch(r"(?i)retry-after(-ms)?|x-ratelimit-[a-z-]+", name)
         if is_limit and value.isascii() and value.isprintable():
             failure.headers[name] = value
-    return describe(failure, body)
+    return describe(failure)
 
 
 async def read_completion(answer: aiohttp.ClientResponse, limit: int) -> bytes:
@@ -926,13 +946,13 @@ async def read_completion(answer: aiohttp.ClientResponse, limit: int) -> bytes:
         raise Failure("event_too_large")
     try:
         completion = decode_json(body.strip(BOM + WHITE_SPACE))
-    except (ValueError, RecursionError):
+    except ValueError:
         completion = None
     if has_error(completion):
         raise error_in_stream(body)
     if not isinstance(completion, dict):
-        code = "stream_truncated" if is_half(body) else "upstream_invalid"
-        raise Failure(code, cause=f"not a JSON object: {excerpt(body)}")
+        code = "stream_truncated" if is_half(body.strip()) else "upstream_invalid"
+        raise Failure(code, cause="not a JSON object", body=body)
     return body
 
 
@@ -950,8 +970,11 @@ encode_json = json.JSONEncoder(allow_nan=False).encode
 
 
 def decode_json(data: bytes) -> Any:
-    """Raises ValueError if it is not JSON in UTF-8, RecursionError if it nests too deep."""
-    return JSON_DECODER.decode(data.decode())
+    """Raises ValueError if it is not JSON in UTF-8, or nested too deep."""
+    try:
+        return JSON_DECODER.decode(data.decode())
+    except RecursionError:
+        raise ValueError("nested too deep") from None
 
 
 def replace_message(choice: dict[str, Any], is_repetition: bool) -> None:
@@ -969,8 +992,11 @@ def replace_message(choice: dict[str, Any], is_repetition: bool) -> None:
 
 
 def is_half(document: bytes | bytearray) -> bool:
-    """A document that was cut off opens more objects than it closes."""
-    return document.count(b"{") > document.count(b"}")
+    """A guess: is this JSON document without its end?"""
+    if not document.startswith((b"{", b"[")):
+        return False
+    has_end = document.endswith((b"}", b"]"))
+    return not has_end or document.count(b"{") > document.count(b"}")
 
 
 def truncation(error: Exception | None) -> Failure:
@@ -1000,18 +1026,18 @@ def has_error(document: object) -> bool:
 
 def error_in_stream(data: bytes) -> Failure:
     """What an upstream reports after it has answered with a good status."""
-    return describe(Failure("upstream_error", cause=excerpt(data)), data)
+    return describe(Failure("upstream_error", body=data))
 
 
 # HTML and tracebacks are for the log, not for the user.
 NOT_FOR_READERS = re.compile(r"(?i)<(!doctype|html|head|body)\b|Traceback \(most")
 
 
-def describe(failure: Failure, body: bytes) -> Failure:
+def describe(failure: Failure) -> Failure:
     """Fills in the error details from an upstream's body, in any known dialect."""
     try:
-        document = first_of_list(decode_json(body))
-    except (ValueError, RecursionError):
+        document = first_of_list(decode_json(failure.body))
+    except ValueError:
         return failure
     message = message_in(document)
     if message and not NOT_FOR_READERS.search(message):
@@ -1027,23 +1053,19 @@ def describe(failure: Failure, body: bytes) -> Failure:
     return failure
 
 
-ERROR_KEYS = ("error", "errors", "message", "msg", "detail", "choices")
+# Where it may stand; in `choices`, it is the error of a choice.
+MESSAGE_KEYS = ("error", "errors", "message", "msg", "detail", "choices")
 
 
-def message_in(document: object) -> str:
+def message_in(document: object, depth: int = 5) -> str:
     """The message text: {"error": {"message": text}}, {"detail": [{"msg": text}]} …"""
-    while isinstance(document, dict | list):
-        if isinstance(document, list):
-            document = document[0] if document else ""
-        else:
-            texts = (document.get(key) for key in ERROR_KEYS)
-            document = next(filter(None, texts), "")
-    return document if isinstance(document, str) else ""
-
-
-def excerpt(body: bytes) -> str:
-    """The start of an upstream's body, for the log."""
-    return body[:300].decode(errors="backslashreplace")
+    if isinstance(document, str):
+        return document
+    document = first_of_list(document)
+    if isinstance(document, dict) and depth:
+        texts = (message_in(document.get(key), depth - 1) for key in MESSAGE_KEYS)
+        return next(filter(None, texts), "")
+    return ""
 
 
 # ---- Who gets in ---------------------------------------------------------------------
@@ -1080,9 +1102,13 @@ def route(server: Chatstream, request: web.BaseRequest) -> Handler:
 
 def is_known_host(request: web.BaseRequest, hosts: set[str]) -> bool:
     """`hosts` are the names that we serve, in lower case. If there are none, we serve all."""
+    if not hosts:
+        return True
     host = request.headers.get("Host", "").lower()
     match = re.fullmatch(r"(\[[0-9a-f:.]+\]|[^:@/\s]+)(:\d{1,5})?", host)
-    return not hosts or (match is not None and not hosts.isdisjoint((host, match[1])))
+    if not match:
+        return False
+    return host in hosts or match[1] in hosts
 
 
 def is_same_origin(request: web.BaseRequest) -> bool:
@@ -1113,8 +1139,6 @@ def has_token(request: web.BaseRequest, token: str) -> bool:
 
 # ---- The server ----------------------------------------------------------------------
 
-logger = logging.getLogger("chatstream")
-
 
 class Chatstream:
     """The server: `await start()` first, `await drain()` last."""
@@ -1126,7 +1150,7 @@ class Chatstream:
         # Shorter text is not secret, and masking it would garble every message.
         keys = (settings.api_key, settings.token)
         self.secrets = [key for key in keys if len(key) > 8]
-        if self.proxy and "@" in self.proxy:
+        if self.proxy and "@" in self.proxy:  # a user and a password, of any length
             self.secrets.append(urlsplit(self.proxy).netloc.rpartition("@")[0])
         self.hosts = set(settings.allowed_hosts)
         if is_loopback(settings.host):
@@ -1162,14 +1186,6 @@ class Chatstream:
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         return f"http{'s' if tls else ''}://{host}:{self.runner.addresses[0][1]}"
 
-    def admit(self, exchange: Exchange) -> Relay:
-        """Counts a chat completion before its body is read. Raises Failure."""
-        if len(self.streams) >= self.max_streams:
-            raise Failure("too_many_streams")
-        self.streams.add(exchange)
-        exchange.relay = Relay(EventParser(self.settings.max_event_bytes))
-        return exchange.relay
-
     def redact(self, text: str) -> str:
         """Masks our secrets, which an upstream or a proxy may have quoted."""
         for secret in self.secrets:
@@ -1180,10 +1196,11 @@ class Chatstream:
         """Shuts down without cutting off an answer, if the drain time allows it."""
         # 1. Take no new connections and no new requests.
         self.draining = True
-        for site in list(self.runner.sites):
+        for site in self.runner.sites:
             await site.stop()
         wait = self.settings.drain_seconds
         logger.info(f"draining for up to {wait:g} s; Ctrl+C exits at once")
+        # A request whose body has not arrived counts as new.
         for exchange in self.streams:
             if not exchange.body_received:
                 exchange.stop(Failure("server_draining"))
@@ -1239,24 +1256,21 @@ MAX_MODELS_BYTES = 2**22
 async def list_models(exchange: Exchange) -> web.StreamResponse:
     """The allowed models, in OpenAI's format. With `*`, also the upstream's."""
     server = exchange.server
-    entries: list[Any] = [{"id": name} for name in server.settings.model if name != "*"]
+    ids = [name for name in server.settings.model if name != "*"]
     if "*" in server.settings.model:
-        entries += await upstream_models(exchange)
-    # Strict clients need these fields, and some upstreams omit them.
-    defaults = {"object": "model", "created": server.created, "owned_by": "chatstream"}
-    models: dict[str, dict[str, Any]] = {}
-    for entry in entries:
-        name = entry.get("id") if isinstance(entry, dict) else None
-        if isinstance(name, str) and name:
-            models.setdefault(name, defaults | entry)
-    body = encode_json({"object": "list", "data": list(models.values())}).encode()
+        ids += await upstream_models(exchange)
+    # Strict clients need all of these fields, and some upstreams omit them.
+    common = {"object": "model", "created": server.created, "owned_by": "upstream"}
+    models = [{"id": name, **common} for name in dict.fromkeys(ids)]
+    body = encode_json({"object": "list", "data": models}).encode()
     headers = {"Cache-Control": "no-store"}
     return await exchange.finish(json_response(body, headers=headers))
 
 
-async def upstream_models(exchange: Exchange) -> list[Any]:
-    """Raises Failure."""
+async def upstream_models(exchange: Exchange) -> list[str]:
+    """Returns their names. Raises Failure."""
     body = b""
+    error: Exception | None = None
     try:
         async with asyncio.timeout(exchange.server.settings.connect_seconds):
             answer = await open_upstream(exchange, "/models")
@@ -1264,15 +1278,19 @@ async def upstream_models(exchange: Exchange) -> list[Any]:
                 body = await read_body(answer.content, MAX_MODELS_BYTES)
         listed = decode_json(body)
     except TimeoutError:
-        raise Failure("upstream_timeout") from None
-    except (ValueError, *UPSTREAM_ERRORS):
+        cause = "no list of models within CHATSTREAM_CONNECT_SECONDS"
+        raise Failure("upstream_timeout", cause=cause) from None
+    except (ValueError, *UPSTREAM_ERRORS) as caught:
+        error = caught
         listed = None
     if isinstance(listed, dict):
         listed = listed.get("data")
     if not isinstance(listed, list):
         message = "The model server lists no models."
-        raise Failure("upstream_invalid", message, excerpt(body))
-    return listed
+        cause = repr(error) if error else ""
+        raise Failure("upstream_invalid", message, cause, body)
+    ids = [entry.get("id") for entry in listed if isinstance(entry, dict)]
+    return [name for name in ids if name and isinstance(name, str)]
 
 
 async def probe(exchange: Exchange) -> web.StreamResponse:
@@ -1291,18 +1309,20 @@ class Histogram:
     BOUNDS = tuple(0.01 * 2**power for power in range(16))
 
     def __init__(self) -> None:
-        self.counts = [0] * (len(self.BOUNDS) + 1)
+        self.counts = dict.fromkeys([*self.BOUNDS, math.inf], 0)
         self.sum = 0.0
 
     def observe(self, value: float) -> None:
-        self.counts[bisect_left(self.BOUNDS, value)] += 1
+        for bound in self.counts:
+            self.counts[bound] += value <= bound
         self.sum += value
 
     def samples(self) -> dict[str, float]:
         samples: dict[str, float] = {}
-        for index, bound in enumerate([*self.BOUNDS, "+Inf"]):
-            samples[f'_bucket{{le="{bound}"}}'] = sum(self.counts[: index + 1])
-        return samples | {"_sum": self.sum, "_count": sum(self.counts)}
+        for bound, count in self.counts.items():
+            label = "+Inf" if bound == math.inf else bound
+            samples[f'_bucket{{le="{label}"}}'] = count
+        return samples | {"_sum": self.sum, "_count": self.counts[math.inf]}
 
 
 class Metrics:
@@ -1324,6 +1344,7 @@ def count_and_log(exchange: Exchange) -> None:
     else:
         outcome = "client_gone"
     request = exchange.request
+    redact = exchange.server.redact
     events = exchange.relay.events_sent if exchange.relay else 0
     total_seconds = time.monotonic() - exchange.started
     is_chat = request.method == "POST" and request.path in CHAT_PATHS
@@ -1343,13 +1364,18 @@ def count_and_log(exchange: Exchange) -> None:
             cause += f": upstream HTTP {exchange.upstream.status}"
         if failure.cause:
             cause += f": {failure.cause}"
-    if is_chat or (failure and failure.cause):
+        cause = redact(cause)
+        if failure.body:
+            said = failure.body[:2000].decode(errors="backslashreplace")
+            # Masked first: of a key that is cut in two, nobody would know the half.
+            cause += f": {redact(said)[:300]}"
+    if is_chat or (failure and failure.outcome != "rejected"):
         status = exchange.response.status if exchange.response else "-"
         logger.info(
             f"id={exchange.id} outcome={outcome} status={status} events={events} "
             f"first={exchange.first_event_seconds:.3f}s total={total_seconds:.3f}s "
             # On one line, with control characters escaped.
-            f"cause={exchange.server.redact(cause)!r}"
+            f"cause={cause!r}"
         )
 
 
@@ -1536,12 +1562,14 @@ def true_or_false(text: str) -> bool:
 
 def names(text: str) -> tuple[str, ...]:
     found = tuple(name.strip() for name in text.split(",") if name.strip())
-    if text and not found:
+    if not found:
         raise ValueError
     return found
 
 
 def host_names(text: str) -> tuple[str, ...]:
+    if not text:
+        return ()
     for name in names(text):
         if not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[\w.-]+)(:[0-9]{1,5})?", name):
             raise ValueError
@@ -1610,7 +1638,7 @@ def load_certificate(settings: Settings) -> ssl.SSLContext:
         raise BadSetting(
             f"CHATSTREAM_TLS_CERT={settings.tls_cert}, "
             f"CHATSTREAM_TLS_KEY={settings.tls_key}: not a PEM certificate "
-            f"and its unencrypted key: {error}"
+            f"and its key, without a password: {error}"
         ) from None
     return context
 
@@ -1624,12 +1652,16 @@ def streams_for_files(wanted: int) -> int:
         import resource  # noqa: PLC0415
     except ImportError:  # Windows has no such limit
         return wanted
-    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-        files = most
     needed = 2 * wanted + 64
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if files == resource.RLIM_INFINITY or files >= needed:
+        return wanted
+    # macOS says that there is no limit, but refuses to raise it so far.
+    raised = needed if most == resource.RLIM_INFINITY else most
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (raised, most))
+        files = raised
+    if files >= needed:
         return wanted
     allowed = max(1, (files - 64) // 2)
     logger.warning(
@@ -1715,19 +1747,23 @@ async def demo_upstream(
 def demo_events(
     model: str, answer: str, completion: Mapping[str, object]
 ) -> Iterator[bytes]:
-    deltas = [{"role": "assistant", "content": ""}]
-    deltas += [{"content": word} for word in re.findall(r"\s*\S+\s*", answer)]
-    deltas.append({})
-    breaks_off = model in ("demo-cut-off", "demo-error")
-    for delta in deltas[: len(deltas) // 2] if breaks_off else deltas:
-        reason = None if delta else "stop"
+    def chunk(delta: Mapping[str, str], reason: str | None = None) -> bytes:
         choice = {"index": 0, "delta": delta, "finish_reason": reason}
-        chunk = {**completion, "object": "chat.completion.chunk", "choices": [choice]}
-        yield b"data: %b\n\n" % encode_json(chunk).encode()
+        kind = {"object": "chat.completion.chunk"}
+        payload = encode_json({**completion, **kind, "choices": [choice]})
+        return b"data: %b\n\n" % payload.encode()
+
+    words = re.findall(r"\s*\S+\s*", answer)
+    if model in ("demo-cut-off", "demo-error"):
+        words = words[: len(words) // 2]
+    yield chunk({"role": "assistant", "content": ""})
+    for word in words:
+        yield chunk({"content": word})
     if model == "demo-error":
-        error = {"message": "The demo has no memory left.", "code": "out_of_memory"}
+        error = {"message": "The demo is out of memory.", "code": "out_of_memory"}
         yield b"data: %b\n\n" % encode_json({"error": error}).encode()
-    elif not breaks_off:
+    elif model != "demo-cut-off":
+        yield chunk({}, "stop")
         yield DONE
 
 

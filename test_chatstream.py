@@ -1319,6 +1319,7 @@ DIALECTS = [
     Dialect(
         "an error in a choice", event({"choices": [{"error": {"message": "Ouch"}}]})
     ),
+    Dialect("an error that is a flag", event({"error": True, "message": "Ouch"})),
     Dialect("a number as code", event({"error": {"message": "Ouch", "code": 500}})),
     Dialect(
         "a code of a page", event({"error": {"message": "Ouch", "code": "x" * 65}})
@@ -1760,6 +1761,12 @@ class KindOfBody(ServerCase):
         script = sends(b'{"choices":[{"mess', content_type=JSON, then=breaks_off)
         answer = await self.answer_to(script)
         self.assert_error(answer, 502, "stream_truncated")
+
+    def test_a_document_without_its_end(self) -> None:
+        """So is one that ends inside, also inside a text that has many brackets."""
+        for body in (b'{"choices":[{"mess', b'{"choices":["}}} and', b'{"choices":[{}'):
+            with self.subTest(body):
+                self.assertEqual(relay_body(body).code, "stream_truncated")
 
     async def test_a_long_document(self) -> None:
         """A document is no longer than an event may be."""
@@ -2237,8 +2244,9 @@ class Models(ServerCase):
         """An odd entry, a bare list or a repeated name does not spoil the list."""
         good = {"id": "a", "object": "model", "created": 1, "owned_by": "x"}
         odd_entries = [good, {}, {"id": None}, {"id": 7}, "b", None, good]
+        infinite = b'{"data":[{"id":"a","created":1e999}]}'
         async with serving(model="*") as server:
-            for body in ({"data": odd_entries}, odd_entries, [good]):
+            for body in ({"data": odd_entries}, odd_entries, [good], infinite):
                 with self.subTest(body):
                     server.upstream.script = responds(200, body)
                     self.assertEqual(await self.listed(server.url), ["a"])
@@ -2273,6 +2281,20 @@ class Models(ServerCase):
             ) as server:
                 answer = await self.get(server.url + "/v1/models")
                 self.assert_error(answer, 504, "upstream_timeout")
+
+    async def test_the_log(self) -> None:
+        """The log says why there is no list."""
+        scripts = {
+            "Overloaded": responds(500, BUSY),
+            "no list": responds(200, {"error": "no list"}),
+            "Error": sends(b'{"data":', content_type=JSON, then=breaks_off),
+            "CHATSTREAM_CONNECT_SECONDS": says_nothing,
+        }
+        for word, script in scripts.items():
+            with self.subTest(word):
+                async with serving(script, model="*", connect_seconds=0.2) as server:
+                    await self.get(server.url + "/v1/models")
+                self.assertIn(word, "\n".join(self.log.lines))
 
     async def test_choosing_any_model(self) -> None:
         """With `*` any model may be asked for."""
@@ -2372,6 +2394,12 @@ class ClientLeaves(ServerCase):
                 await self.leave(
                     server.url, server.upstream, after=b"", request=request
                 )
+
+    async def test_at_the_end(self) -> None:
+        """A client that leaves at `[DONE]` has got all of its answer."""
+        async with serving(sends(SAID, FINISH + DONE, then=hangs)) as server:
+            await self.leave(server.url, server.upstream, after=DONE)
+            await self.assert_outcomes(server.url, completed=1)
 
     async def test_during_the_upload(self) -> None:
         """A client that leaves before its body is here costs nothing."""
@@ -2689,6 +2717,15 @@ class BackPressure(ServerCase):
                 client.send(http_request(HELLO))
                 call = await server.upstream.next_call()
                 await within_patience(call.gone.wait())
+                await self.assert_outcomes(server.url, client_gone=1)
+
+    async def test_a_stalled_client_that_has_said_all(self) -> None:
+        """So is one that has closed its own side of the connection."""
+        async with serving(floods, write_seconds=0.3) as server:
+            async with connected(server.url, receive_buffer=4096) as client:
+                client.send(http_request(HELLO))
+                await client.read_until(b"200 OK")
+                client.writer.write_eof()
                 await self.assert_outcomes(server.url, client_gone=1)
 
     async def test_a_stalled_client_of_a_trickle(self) -> None:
@@ -3600,6 +3637,13 @@ class Log(ServerCase):
             self.assertIn("are wrong", line)
             self.assertNotIn("secret", line)
 
+    async def test_no_half_of_a_secret(self) -> None:
+        """A key is blotted out also where the log cuts what the upstream sent."""
+        for length in range(280, 300):
+            leak = b"x" * length + b"sk-secret-1"
+            line = await self.line_for(responds(500, leak), api_key="sk-secret-1")
+            self.assertNotIn("xs", line)
+
     async def test_no_word_of_the_conversation(self) -> None:
         """What is asked and answered stays out of the log."""
         private: Json = {"messages": [{"role": "user", "content": "PRIVATE QUESTION"}]}
@@ -3798,6 +3842,10 @@ class ReadSettings(unittest.TestCase):
         for flag in ("--port=y", "--port", "--port=65536"):
             message = self.refusal({"CHATSTREAM_PORT": "1"}, (flag,))
             self.assert_names(message, "CHATSTREAM_PORT")
+
+    def test_no_model(self) -> None:
+        """`--model=` is refused: without a model, nothing could be asked."""
+        self.assertIn("--model", self.refusal({}, ("--model=",)))
 
     def test_unknown_flags(self) -> None:
         """A flag that does not exist, or is cut short, is refused."""
@@ -4472,10 +4520,11 @@ class Demo(ServerCase):
                 if port != urlsplit(program.url).port:
                     answer = await self.get(f"http://127.0.0.1:{port}/")
                     self.assertEqual(answer.status, 400)
-                    poke = self.ask(
-                        f"http://127.0.0.1:{port}", b"[]", path="/v1/chat/completions"
-                    )
-                    self.assertEqual((await poke).status, 400)
+                    for body in (b"[]", b"[" * 100_000):
+                        poke = self.ask(
+                            f"http://127.0.0.1:{port}", body, path=COMPLETIONS
+                        )
+                        self.assertEqual((await poke).status, 400)
             exited = await program.stop()
         self.assertEqual(exited.status, 0)
 
