@@ -2288,13 +2288,18 @@ class Models(ServerCase):
             "Overloaded": responds(500, BUSY),
             "no list": responds(200, {"error": "no list"}),
             "Error": sends(b'{"data":', content_type=JSON, then=breaks_off),
-            "CHATSTREAM_CONNECT_SECONDS": says_nothing,
         }
         for word, script in scripts.items():
             with self.subTest(word):
-                async with serving(script, model="*", connect_seconds=0.2) as server:
+                async with serving(script, model="*") as server:
                     await self.get(server.url + "/v1/models")
                 self.assertIn(word, "\n".join(self.log.lines))
+
+    async def test_the_log_of_a_silence(self) -> None:
+        """It names the setting of the limit, too."""
+        async with serving(says_nothing, model="*", connect_seconds=0.2) as server:
+            await self.get(server.url + "/v1/models")
+        self.assertIn("CHATSTREAM_CONNECT_SECONDS", "\n".join(self.log.lines))
 
     async def test_choosing_any_model(self) -> None:
         """With `*` any model may be asked for."""
