@@ -299,7 +299,7 @@ class Relay:
             self.failure = failure
         except OverflowError:
             self.failure = Failure("event_too_large")
-        except (ValueError, RecursionError):
+        except ValueError:
             self.malformed = True
             cause = "not a JSON object"
             self.failure = Failure("upstream_invalid", cause=cause, body=data)
@@ -336,12 +336,12 @@ class Relay:
         if not isinstance(choices, list):
             if not chunk.get("usage"):  # {"type": "ping"}
                 return b""
-            return encode_json(chunk | {"choices": []}).encode()
+            return encode_json(chunk | {"choices": []})
         changed = False
         for choice in choices:
             if not isinstance(choice, dict):
                 continue
-            index = repr(choice.get("index"))  # it may be of any type
+            index = repr(choice.get("index"))  # it may be unhashable
             if "message" in choice:
                 replace_message(choice, is_repetition=index in self.choices)
                 changed = True
@@ -350,7 +350,7 @@ class Relay:
                 self.finished_choices.add(index)
         if not changed:
             return data
-        return encode_json(chunk | {"object": "chat.completion.chunk"}).encode()
+        return encode_json(chunk | {"object": "chat.completion.chunk"})
 
 
 # ---- One stream, from the request to the last byte -----------------------------------
@@ -381,7 +381,7 @@ class Exchange:
         self.id = request_id(request)
         self.started = time.monotonic()
 
-        # The answer is not begun, then written, then ending, then sent.
+        # The answer, which is begun, written, ending and sent, in this order
         self.response: web.StreamResponse | None = None  # None: not begun
         self.bytes_written = 0
         self.is_writing = False  # we wait for a slow client
@@ -463,7 +463,7 @@ async def chat(exchange: Exchange) -> web.StreamResponse:
     """
     server = exchange.server
     settings = server.settings
-    # It counts before its body is read: bodies must not fill the memory.
+    # A stream counts before its body is read: bodies must not fill the memory.
     if len(server.streams) >= server.max_streams:
         raise Failure("too_many_streams")
     server.streams.add(exchange)
@@ -512,7 +512,7 @@ async def relay_answer(
 
 async def read_end(answer: aiohttp.ClientResponse) -> None:
     """Waits briefly for the end of the body, so that the connection can be reused."""
-    with suppress(*UPSTREAM_ERRORS):
+    with suppress(TimeoutError, *UPSTREAM_ERRORS):
         async with asyncio.timeout(0.05):
             while await answer.content.readany():
                 pass
@@ -539,14 +539,14 @@ SECONDS_AFTER_FINISH = 5
 
 
 class Stall:
-    """Measures how long a value has not changed while we waited for it to change."""
+    """Measures how long we have been waiting for a value to change."""
 
     def __init__(self) -> None:
         self.value = 0
         self.since = time.monotonic()
 
     def update(self, value: int, is_waiting: bool) -> float:
-        """Returns the seconds since the value last changed, or we did not wait for it."""
+        """Takes the value as it is now. Returns the seconds that we have waited."""
         now = time.monotonic()
         if value != self.value or not is_waiting:
             self.value = value
@@ -593,7 +593,7 @@ def needs_heartbeat(exchange: Exchange, settings: Settings) -> bool:
 
 
 def unsent_bytes(transport: asyncio.Transport) -> int:
-    # asyncio's TLS transport has nothing to ask once it is closed.
+    # asyncio's TLS transport raises this once it is closed.
     with suppress(AttributeError):
         return transport.get_write_buffer_size()
     return 0
@@ -662,7 +662,7 @@ async def send_failure(exchange: Exchange, failure: Failure) -> web.StreamRespon
         "code": redact(failure.code),
         "request_id": exchange.id,
     }
-    body = encode_json({"error": error}).encode()
+    body = encode_json({"error": error})
     response = exchange.response
     last = b""
     if response:
@@ -685,7 +685,7 @@ def json_response(
 
 
 def limit_unsent_bytes(transport: asyncio.Transport) -> None:
-    """Makes asyncio and the kernel hold few bytes that are not sent yet."""
+    """Keeps the unsent bytes in asyncio and in the kernel few."""
     if transport.is_closing():
         return
     # With this limit, `write_eof` waits until all is sent.
@@ -719,7 +719,7 @@ async def listen(
         keepalive_timeout=60,
         access_log=None,
     )
-    # `drain` has waited before; this is for the demo.
+    # `drain` has already waited. This limit is for the demo.
     runner = web.ServerRunner(server, shutdown_timeout=0.2)
     await runner.setup()
     site = web.TCPSite(runner, host, port, ssl_context=tls, reuse_port=reuse_port)
@@ -809,8 +809,8 @@ def check_request(
         raise Failure("model_not_found")
     try:
         # Encoded again, a duplicate key cannot slip another model past this check.
-        return encode_json(completion).encode(), stream
-    except (ValueError, RecursionError):  # a number like 1e999
+        return encode_json(completion), stream
+    except ValueError:
         raise Failure("invalid_json") from None
 
 
@@ -906,7 +906,7 @@ def connection_failure(error: Exception) -> Failure:
         code = "upstream_timeout"
     elif isinstance(error, OSError) and error.errno in OUT_OF_FILES:
         code = "too_many_streams"
-    # Not a subclass, such as a proxy's refusal. It does not speak HTTP.
+    # The class itself means that the upstream does not speak HTTP. A subclass does not.
     elif type(error) is aiohttp.ClientResponseError:
         code = "upstream_invalid"
     return Failure(code, cause=f"{type(error).__name__}: {error}")
@@ -919,7 +919,7 @@ async def status_failure(answer: aiohttp.ClientResponse) -> Failure:
         return Failure("upstream_invalid", cause="a compressed answer")
     body = b""
     # The body has the reason, but is not worth a long wait.
-    with suppress(*UPSTREAM_ERRORS):
+    with suppress(TimeoutError, *UPSTREAM_ERRORS):
         async with asyncio.timeout(2):
             body = await read_body(answer.content, 2**16)
     if status == 401:
@@ -944,14 +944,15 @@ async def read_completion(answer: aiohttp.ClientResponse, limit: int) -> bytes:
         raise truncation(error) from None
     if len(body) > limit:
         raise Failure("event_too_large")
+    document = body.strip(BOM + WHITE_SPACE)
     try:
-        completion = decode_json(body.strip(BOM + WHITE_SPACE))
+        completion = decode_json(document)
     except ValueError:
         completion = None
     if has_error(completion):
-        raise error_in_stream(body)
+        raise error_in_stream(document)
     if not isinstance(completion, dict):
-        code = "stream_truncated" if is_half(body.strip()) else "upstream_invalid"
+        code = "stream_truncated" if is_half(document) else "upstream_invalid"
         raise Failure(code, cause="not a JSON object", body=body)
     return body
 
@@ -966,7 +967,15 @@ def refuse_constant(name: str) -> None:
 
 
 JSON_DECODER = json.JSONDecoder(parse_constant=refuse_constant)
-encode_json = json.JSONEncoder(allow_nan=False).encode
+JSON_ENCODER = json.JSONEncoder(allow_nan=False)
+
+
+def encode_json(value: object) -> bytes:
+    """Raises ValueError for a number like 1e999, or if it is nested too deep."""
+    try:
+        return JSON_ENCODER.encode(value).encode()
+    except RecursionError:
+        raise ValueError("nested too deep") from None
 
 
 def decode_json(data: bytes) -> Any:
@@ -1101,7 +1110,7 @@ def route(server: Chatstream, request: web.BaseRequest) -> Handler:
 
 
 def is_known_host(request: web.BaseRequest, hosts: set[str]) -> bool:
-    """`hosts` are the names that we serve, in lower case. If there are none, we serve all."""
+    """`hosts` are the names that we serve, in lower case; if empty, all names."""
     if not hosts:
         return True
     host = request.headers.get("Host", "").lower()
@@ -1262,15 +1271,15 @@ async def list_models(exchange: Exchange) -> web.StreamResponse:
     # Strict clients need all of these fields, and some upstreams omit them.
     common = {"object": "model", "created": server.created, "owned_by": "upstream"}
     models = [{"id": name, **common} for name in dict.fromkeys(ids)]
-    body = encode_json({"object": "list", "data": models}).encode()
+    body = encode_json({"object": "list", "data": models})
     headers = {"Cache-Control": "no-store"}
     return await exchange.finish(json_response(body, headers=headers))
 
 
 async def upstream_models(exchange: Exchange) -> list[str]:
-    """Returns their names. Raises Failure."""
+    """Returns their ids. Raises Failure."""
+    message = "The model server lists no models."
     body = b""
-    error: Exception | None = None
     try:
         async with asyncio.timeout(exchange.server.settings.connect_seconds):
             answer = await open_upstream(exchange, "/models")
@@ -1280,15 +1289,12 @@ async def upstream_models(exchange: Exchange) -> list[str]:
     except TimeoutError:
         cause = "no list of models within CHATSTREAM_CONNECT_SECONDS"
         raise Failure("upstream_timeout", cause=cause) from None
-    except (ValueError, *UPSTREAM_ERRORS) as caught:
-        error = caught
-        listed = None
+    except (ValueError, *UPSTREAM_ERRORS) as error:
+        raise Failure("upstream_invalid", message, repr(error), body) from None
     if isinstance(listed, dict):
         listed = listed.get("data")
     if not isinstance(listed, list):
-        message = "The model server lists no models."
-        cause = repr(error) if error else ""
-        raise Failure("upstream_invalid", message, cause, body)
+        raise Failure("upstream_invalid", message, body=body)
     ids = [entry.get("id") for entry in listed if isinstance(entry, dict)]
     return [name for name in ids if name and isinstance(name, str)]
 
@@ -1344,7 +1350,6 @@ def count_and_log(exchange: Exchange) -> None:
     else:
         outcome = "client_gone"
     request = exchange.request
-    redact = exchange.server.redact
     events = exchange.relay.events_sent if exchange.relay else 0
     total_seconds = time.monotonic() - exchange.started
     is_chat = request.method == "POST" and request.path in CHAT_PATHS
@@ -1357,26 +1362,31 @@ def count_and_log(exchange: Exchange) -> None:
         if outcome != "rejected":
             metrics.duration.observe(total_seconds)
 
-    cause = ""
-    if failure:
-        cause = f"{failure.code}: {request.path}"
-        if exchange.upstream:
-            cause += f": upstream HTTP {exchange.upstream.status}"
-        if failure.cause:
-            cause += f": {failure.cause}"
-        cause = redact(cause)
-        if failure.body:
-            said = failure.body[:2000].decode(errors="backslashreplace")
-            # Masked first: of a key that is cut in two, nobody would know the half.
-            cause += f": {redact(said)[:300]}"
     if is_chat or (failure and failure.outcome != "rejected"):
         status = exchange.response.status if exchange.response else "-"
+        cause = cause_of(exchange, failure) if failure else ""
         logger.info(
             f"id={exchange.id} outcome={outcome} status={status} events={events} "
             f"first={exchange.first_event_seconds:.3f}s total={total_seconds:.3f}s "
             # On one line, with control characters escaped.
             f"cause={cause!r}"
         )
+
+
+def cause_of(exchange: Exchange, failure: Failure) -> str:
+    """What the log says of a failure, without our secrets."""
+    redact = exchange.server.redact
+    cause = f"{failure.code}: {exchange.request.path}"
+    if exchange.upstream:
+        cause += f": upstream HTTP {exchange.upstream.status}"
+    if failure.cause:
+        cause += f": {failure.cause}"
+    cause = redact(cause)
+    if failure.body:
+        body = failure.body[:2000].decode(errors="backslashreplace")
+        # Masked before it is cut: half a key would no longer be recognised.
+        cause += f": {redact(body)[:300]}"
+    return cause
 
 
 async def show_metrics(exchange: Exchange) -> web.StreamResponse:
@@ -1497,7 +1507,7 @@ def add_settings(parser: argparse.ArgumentParser, environ: Mapping[str, str]) ->
         name = variable.partition("_")[2].lower()
         parser.add_argument(
             "--" + name.replace("_", "-"),
-            # argparse converts a default that is a string like a flag's value.
+            # argparse converts a string default as it converts the value of a flag.
             default=environ.get(variable, "").strip() or default,
             type=convert,
             metavar="VALUE",
@@ -1751,7 +1761,7 @@ def demo_events(
         choice = {"index": 0, "delta": delta, "finish_reason": reason}
         kind = {"object": "chat.completion.chunk"}
         payload = encode_json({**completion, **kind, "choices": [choice]})
-        return b"data: %b\n\n" % payload.encode()
+        return b"data: %b\n\n" % payload
 
     words = re.findall(r"\s*\S+\s*", answer)
     if model in ("demo-cut-off", "demo-error"):
@@ -1761,7 +1771,7 @@ def demo_events(
         yield chunk({"content": word})
     if model == "demo-error":
         error = {"message": "The demo is out of memory.", "code": "out_of_memory"}
-        yield b"data: %b\n\n" % encode_json({"error": error}).encode()
+        yield b"data: %b\n\n" % encode_json({"error": error})
     elif model != "demo-cut-off":
         yield chunk({}, "stop")
         yield DONE

@@ -7186,6 +7186,18 @@ class Markdown(PageCase):
         nodes = "document.querySelector('article pre code').childNodes.length"
         self.assertEqual(await page.run(nodes), 1)
 
+    async def test_colours_of_a_long_comment(self) -> None:
+        """Each line of a comment over several lines is a comment, also while it comes."""
+        code = "/* Many\n * return 1\n */\nx"
+        page = await self.open(streams(*f"```c\n{code}\n```\n"))
+        await page.ask()
+        coloured = """[...CSS.highlights].flatMap(([kind, ranges]) => [...ranges].map((range) =>
+            kind + ":" + range.startContainer.data.slice(range.startOffset, range.endOffset)))"""
+        self.assertCountEqual(
+            await page.run(coloured),
+            ["comment:/* Many", "comment: * return 1", "comment: */"],
+        )
+
     async def test_no_colours(self) -> None:
         """A browser that cannot colour ranges shows code plain."""
         page = await self.open(says("```py\nreturn 1\n```"))
