@@ -1285,6 +1285,8 @@ async def upstream_models(exchange: Exchange) -> list[str]:
             answer = await open_upstream(exchange, "/models")
             with closing(answer):
                 body = await read_body(answer.content, MAX_MODELS_BYTES)
+        if len(body) > MAX_MODELS_BYTES:
+            raise Failure("event_too_large")
         listed = decode_json(body)
     except TimeoutError:
         cause = "no list of models within CHATSTREAM_CONNECT_SECONDS"
