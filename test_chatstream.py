@@ -6553,6 +6553,19 @@ class Scrolling(PageCase):
         wanted = await page.run(lines) + 10
         await page.wait_until(f"{lines} >= {wanted}", "more lines")
 
+    async def wait_for_rest(self, page: Page) -> None:
+        """Waits until the page has scrolled away from the end: browsers do it smoothly."""
+        await page.run(
+            """(async () => {
+                const log = document.querySelector("[role=log]");
+                let before;
+                do {
+                    before = log.scrollTop;
+                    await new Promise((resolve) => setTimeout(resolve, 500));
+                } while (log.scrollTop !== before);
+            })()"""
+        )
+
     async def check_let_go(self, page: Page) -> None:
         await page.find("button", "Latest")
         before = await self.distance_to_the_end(page)
@@ -6607,6 +6620,7 @@ class Scrolling(PageCase):
         page = await self.begin()
         await page.focus("log", "Conversation")
         await page.press("PageUp")
+        await self.wait_for_rest(page)
         await page.click("Latest")
         await self.wait_for_more(page)
         self.assertLess(await self.distance_to_the_end(page), 100)
