@@ -3698,8 +3698,8 @@ class Faults(ServerCase):
             exited = await program.stop()
         self.assertEqual(exited.status, 0)
 
-    async def check_resets(self, last_read: bytes) -> None:
-        """Clients over TLS reset when they have read this, and the log has no fault of ours."""
+    async def test_clients_that_reset(self) -> None:
+        """Clients that reset right after their request, over TLS, are gone, not faults of ours."""
         with certificate() as own:
             async with scripted_upstream(streams("x" * 20_000)) as upstream:
                 environ = {"OPENAI_BASE_URL": upstream.url} | own.served
@@ -3707,8 +3707,7 @@ class Faults(ServerCase):
                     for _ in range(60):
                         async with connected(program.url, tls=CLIENT_TLS) as client:
                             client.send(http_request(HELLO))
-                            await client.read_until(last_read)
-                            # A reset is a close with linger time 0.
+                            # Sent, and gone at once: a reset is a close with linger time 0.
                             linger = struct.pack("ii", 1, 0)
                             sock = client.writer.get_extra_info("socket")
                             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
@@ -3716,14 +3715,6 @@ class Faults(ServerCase):
                     exited = await program.stop()
         self.assertNotIn("outcome=failed", exited.stderr)
         self.assertNotIn("Traceback", exited.stderr)
-
-    async def test_clients_that_reset(self) -> None:
-        """Clients that reset right after their request are gone, not faults of ours."""
-        await self.check_resets(last_read=b"")
-
-    async def test_clients_that_reset_near_the_end(self) -> None:
-        """Clients that reset while the last bytes are written are no faults of ours either."""
-        await self.check_resets(last_read=b"xxx")
 
 
 # ---- Settings ----------------------------------------------------------------
@@ -6554,7 +6545,7 @@ class Scrolling(PageCase):
         await page.wait_until(f"{lines} >= {wanted}", "more lines")
 
     async def wait_for_rest(self, page: Page) -> None:
-        """Waits until the page has scrolled away from the end: browsers do it smoothly."""
+        """Waits until the page no longer scrolls: browsers do it smoothly."""
         await page.run(
             """(async () => {
                 const log = document.querySelector("[role=log]");
