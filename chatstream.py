@@ -113,27 +113,33 @@ class EventParser:
         rest = b""
         if lines and not piece.endswith((b"\r", b"\n")):
             rest = lines.pop()
-        if lines:
+        if lines and self.partial_line:
             lines[0] = bytes(self.partial_line) + lines[0]
             self.partial_line.clear()
-        self.partial_line += rest
-        # A comment may have any length. Nobody reads it, so it is not kept.
-        if self.partial_line.startswith(b":"):
-            del self.partial_line[1:]
+        if rest:
+            self.partial_line += rest
+            # A comment may have any length. Nobody reads it, so it is not kept.
+            if self.partial_line.startswith(b":"):
+                del self.partial_line[1:]
         return lines
 
     def read_field(self, line: bytes) -> None:
         # b'data: {"choices":[…]}'. A BOM may open the stream; no field name has one.
         name, _, value = line.removeprefix(BOM).partition(b":")
-        if name == b"event":
-            self.event_type = value.removeprefix(b" ")
-        if name == b"error":  # llama.cpp until 2025
+        value = value.removeprefix(b" ")
+        if name == b"data":
+            self.add_data(value)
+        elif name == b"event":
+            self.event_type = value
+        elif name == b"error":  # llama.cpp until 2025
             self.event_type = b"error"
-        if name in (b"data", b"error"):
-            self.data_lines.append(value.removeprefix(b" "))
-            self.data_size += len(self.data_lines[-1])
-        elif name not in (b"", b"event", b"id", b"retry"):  # b"": a comment
+            self.add_data(value)
+        elif name not in (b"", b"id", b"retry"):  # b"": a comment
             self.saw_unknown_field = True
+
+    def add_data(self, line: bytes) -> None:
+        self.data_lines.append(line)
+        self.data_size += len(line)
         if self.data_size + len(self.data_lines) - 1 > self.limit:
             raise OverflowError
 
@@ -981,9 +987,14 @@ def encode_json(value: object) -> bytes:
 def decode_json(data: bytes) -> Any:
     """Raises ValueError if it is not JSON in UTF-8, or nested too deep."""
     try:
-        return JSON_DECODER.decode(data.decode())
+        text = data.strip(WHITE_SPACE).decode()
+        # `decode` would look for white space with a pattern, which takes a fifth longer.
+        value, end = JSON_DECODER.raw_decode(text)
     except RecursionError:
         raise ValueError("nested too deep") from None
+    if end < len(text):
+        raise ValueError("more than one value")
+    return value
 
 
 def replace_message(choice: dict[str, Any], is_repetition: bool) -> None:

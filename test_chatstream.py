@@ -1099,6 +1099,11 @@ class Forwarding(unittest.TestCase):
         payload = rb'{"z" : 1.50e0, "choices":[ {"delta":{"content":"\u00e9\/ \ud83d"}} ],"a":[]}'
         self.assertEqual(relay_body(event(payload) + DONE).out, event(payload) + DONE)
 
+    def test_white_space_around_a_payload(self) -> None:
+        """White space before and after a payload is valid JSON, and goes out, too."""
+        body = event(b' \t{"choices":[]}\t ') + FINISH + DONE
+        self.assertEqual(relay_body(body).out, body)
+
     def test_an_event_goes_out_with_its_last_byte(self) -> None:
         """Each event goes out the moment it is complete."""
         for blank_line in (b"\n\n", b"\r\n\r", b"\r\r"):
