@@ -412,7 +412,7 @@ async def serving(
         try:
             yield Server(url, upstream)
         finally:
-            await server.drain()
+            await within_patience(server.drain())
 
 
 class LogRecords(logging.Handler):
@@ -559,7 +559,9 @@ async def connected(
     client = socket.socket()
     if receive_buffer:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-    client.connect((parts.hostname, parts.port))
+    client.setblocking(False)
+    loop = asyncio.get_running_loop()
+    await within_patience(loop.sock_connect(client, (parts.hostname, parts.port)))
     reader, writer = await asyncio.open_connection(
         sock=client, limit=2**10, ssl=tls, server_hostname="localhost" if tls else None
     )
@@ -568,7 +570,7 @@ async def connected(
     finally:
         writer.transport.abort()
         with suppress(OSError):
-            await writer.wait_closed()
+            await within_patience(writer.wait_closed())
 
 
 def setUpModule() -> None:
@@ -815,7 +817,7 @@ async def process(
         finally:
             if started.returncode is None:
                 started.kill()
-                await started.communicate()
+                await within_patience(started.communicate())
         found = [complaint for complaint in COMPLAINTS if complaint in program.stderr]
         assert not found, program.stderr
 
@@ -2344,6 +2346,8 @@ async def floods(call: Call) -> None:
     await call.send_head()
     while True:
         await call.send(text("x" * 1000) * 50)
+        # `send` does not wait for a client that reads fast: nothing else would ever run.
+        await asyncio.sleep(0)
 
 
 async def floods_without_reading(call: Call) -> None:
@@ -4679,7 +4683,7 @@ def devtools_url() -> str:
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    unittest.addModuleCleanup(process.wait)
+    unittest.addModuleCleanup(process.wait, PATIENCE)
     unittest.addModuleCleanup(process.terminate)
     port_file = Path(profile.name, "DevToolsActivePort")
     deadline = time.monotonic() + 3 * PATIENCE
