@@ -6232,7 +6232,7 @@ BREAK_AND_RELOAD = """{
         window.setTimeout = () => 0;
         location.reload();
     };
-    window.secondRequest.catch(() => setTimeout(leave, 50));
+    window.secondRequest.catch(() => setTimeout(leave, %d));
     void 0;
 }"""
 
@@ -6267,18 +6267,28 @@ class Storage(PageCase):
         self.assertIn("Interrupted", answer)
         self.assertTrue(await page.has("button", "Continue"))
 
-    async def test_reload_that_breaks_the_request_first(self) -> None:
-        """Firefox and WebKit break the request before they leave: "Interrupted", too."""
+    async def check_broken_reload(self, *, delay: int, is_announced: bool) -> None:
+        """Breaks the request, and reloads the page after so many milliseconds."""
         page = await self.open(STALLS)
         await page.say("Hello")
         await page.wait_for_text("Once")
         await page.run(SECOND_REQUEST)
         await eventually(lambda: len(self.calls) == 2)
-        await page.run(BREAK_AND_RELOAD)
+        if is_announced:
+            await page.run("void window.dispatchEvent(new Event('beforeunload'))")
+        await page.run(BREAK_AND_RELOAD % delay)
         await page.wait_for_reload()
         answer = await page.text_of_answer()
         self.assertIn("Once", answer)
         self.assertIn("Interrupted", answer)
+
+    async def test_reload_that_breaks_the_request_first(self) -> None:
+        """Firefox and WebKit break the request before they leave: "Interrupted", too."""
+        await self.check_broken_reload(delay=50, is_announced=False)
+
+    async def test_slow_reload(self) -> None:
+        """The same where the server takes its time to send the page again."""
+        await self.check_broken_reload(delay=1000, is_announced=True)
 
     async def test_two_tabs(self) -> None:
         """Two tabs have a conversation each."""
