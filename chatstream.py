@@ -1754,7 +1754,15 @@ async def demo_upstream(
     if not body.get("stream"):
         message = {"role": "assistant", "content": answer}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
-        whole = {"object": "chat.completion", "choices": [choice]}
+        # Some clients need `usage`. Here, a word counts as a token.
+        asked = len(question.split())
+        answered = len(answer.split())
+        usage = {
+            "prompt_tokens": asked,
+            "completion_tokens": answered,
+            "total_tokens": asked + answered,
+        }
+        whole = {"object": "chat.completion", "choices": [choice], "usage": usage}
         return web.json_response(completion | whole)
 
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})

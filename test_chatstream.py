@@ -4507,6 +4507,14 @@ class Demo(ServerCase):
         self.assertIn("demo", choice["message"]["content"])
         self.assertTrue({"id", "created", "model"} <= set(answer.json))
 
+    async def test_usage_of_a_whole_answer(self) -> None:
+        """A whole answer says how many tokens it took: `llm --no-stream` fails without."""
+        usage = (await self.demo()).whole.json["usage"]
+        self.assertGreater(usage["completion_tokens"], usage["prompt_tokens"])
+        self.assertEqual(
+            usage["total_tokens"], usage["prompt_tokens"] + usage["completion_tokens"]
+        )
+
     async def test_a_list_of_parts(self) -> None:
         """Of a content that is a list of parts, it echoes the text."""
         text = (await self.demo()).parts.text
