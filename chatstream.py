@@ -987,8 +987,8 @@ def encode_json(value: object) -> bytes:
 def decode_json(data: bytes) -> Any:
     """Raises ValueError if it is not JSON in UTF-8, or nested too deep."""
     try:
+        # `JSONDecoder.decode` strips with a pattern: a fifth more instructions per chunk.
         text = data.strip(WHITE_SPACE).decode()
-        # `decode` would look for white space with a pattern, which takes a fifth longer.
         value, end = JSON_DECODER.raw_decode(text)
     except RecursionError:
         raise ValueError("nested too deep") from None
@@ -1752,18 +1752,7 @@ async def demo_upstream(
     answer = DEMO_ANSWER.replace("{question}", question[:2000].replace("\n", "\n> "))
     completion = {"id": "chatcmpl-demo", "created": int(time.time()), "model": model}
     if not body.get("stream"):
-        message = {"role": "assistant", "content": answer}
-        choice = {"index": 0, "message": message, "finish_reason": "stop"}
-        # Some clients need `usage`. Here, a word counts as a token.
-        asked = len(question.split())
-        answered = len(answer.split())
-        usage = {
-            "prompt_tokens": asked,
-            "completion_tokens": answered,
-            "total_tokens": asked + answered,
-        }
-        whole = {"object": "chat.completion", "choices": [choice], "usage": usage}
-        return web.json_response(completion | whole)
+        return web.json_response(completion | whole_answer(question, answer))
 
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
     await response.prepare(request)
@@ -1773,6 +1762,20 @@ async def demo_upstream(
         await response.write(event)
         await asyncio.sleep(0.02)
     return response
+
+
+def whole_answer(question: str, answer: str) -> dict[str, object]:
+    message = {"role": "assistant", "content": answer}
+    choice = {"index": 0, "message": message, "finish_reason": "stop"}
+    # Some clients need `usage`. Here, a word counts as a token.
+    prompt_tokens = len(question.split())
+    completion_tokens = len(answer.split())
+    usage = {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
+    return {"object": "chat.completion", "choices": [choice], "usage": usage}
 
 
 def demo_events(

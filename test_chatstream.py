@@ -147,6 +147,8 @@ class Call(asyncio.Protocol):
         """Sends these bytes as they are. Waits while the other side does not read."""
         self.transport.write(data)
         self.bytes_sent += len(data)
+        # Otherwise, a script without end and a fast reader would leave no time for the test.
+        await asyncio.sleep(0)
         while not self.gone.is_set() and self.transport.get_write_buffer_size() > 2**16:
             await asyncio.sleep(0.002)
         if self.gone.is_set():
@@ -569,7 +571,8 @@ async def connected(
         yield Connection(reader, writer)
     finally:
         writer.transport.abort()
-        with suppress(OSError):
+        # Not OSError: a TimeoutError is one, and must not be lost.
+        with suppress(ConnectionError, ssl.SSLError):
             await within_patience(writer.wait_closed())
 
 
@@ -2346,8 +2349,6 @@ async def floods(call: Call) -> None:
     await call.send_head()
     while True:
         await call.send(text("x" * 1000) * 50)
-        # `send` does not wait for a client that reads fast: nothing else would ever run.
-        await asyncio.sleep(0)
 
 
 async def floods_without_reading(call: Call) -> None:
@@ -2362,7 +2363,6 @@ async def floods_without_words(call: Call) -> None:
     await call.send(text("Once"))
     while True:
         await call.send(text("") * 1000)
-        await asyncio.sleep(0)
 
 
 class ClientLeaves(ServerCase):
@@ -4508,9 +4508,10 @@ class Demo(ServerCase):
         self.assertTrue({"id", "created", "model"} <= set(answer.json))
 
     async def test_usage_of_a_whole_answer(self) -> None:
-        """A whole answer says how many tokens it took: `llm --no-stream` fails without."""
+        """A whole answer says how many tokens it took: `llm --no-stream` fails without it."""
         usage = (await self.demo()).whole.json["usage"]
-        self.assertGreater(usage["completion_tokens"], usage["prompt_tokens"])
+        self.assertEqual(usage["prompt_tokens"], 1)
+        self.assertGreater(usage["completion_tokens"], 50)
         self.assertEqual(
             usage["total_tokens"], usage["prompt_tokens"] + usage["completion_tokens"]
         )
@@ -6276,7 +6277,10 @@ class Storage(PageCase):
         self.assertTrue(await page.has("button", "Continue"))
 
     async def check_broken_reload(self, *, delay: int, is_announced: bool) -> None:
-        """Breaks the request, and reloads the page after so many milliseconds."""
+        """Breaks the request, and reloads after `delay` milliseconds: the answer is "Interrupted".
+
+        Chromium itself breaks nothing. What other browsers do first is imitated.
+        """
         page = await self.open(STALLS)
         await page.say("Hello")
         await page.wait_for_text("Once")
@@ -6295,7 +6299,7 @@ class Storage(PageCase):
         await self.check_broken_reload(delay=50, is_announced=False)
 
     async def test_slow_reload(self) -> None:
-        """The same where the server takes its time to send the page again."""
+        """So it is if the server takes its time: `beforeunload` has announced the reload."""
         await self.check_broken_reload(delay=1000, is_announced=True)
 
     async def test_two_tabs(self) -> None:
