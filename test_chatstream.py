@@ -4164,8 +4164,8 @@ class Drain(ServerCase):
             program.signal(signal.SIGINT)
             self.assertEqual((await program.exit()).status, 0)
 
-    async def test_running_streams_go_on(self) -> None:
-        """A running stream ends as it would have, and the program after it."""
+    async def drain_in_mid_answer(self, *signals: signal.Signals) -> Exit:
+        """Sends these signals while a stream runs, and lets the upstream end it in good order."""
         go_on = asyncio.Event()
 
         async with (
@@ -4173,11 +4173,16 @@ class Drain(ServerCase):
             self.asking(program.url) as response,
         ):
             await response.content.readuntil(b"\n\n")
-            program.signal(signal.SIGTERM)
+            for number in signals:
+                program.signal(number)
             await self.until_it_drains(program)
             go_on.set()
             self.assertEqual(await response.read(), FINISH + DONE)
-            exited = await program.exit()
+            return await program.exit()
+
+    async def test_running_streams_go_on(self) -> None:
+        """A running stream ends as it would have, and the program after it."""
+        exited = await self.drain_in_mid_answer(signal.SIGTERM)
         self.assertEqual(exited.status, 0)
         self.assertIn("outcome=completed", exited.stderr)
         self.assertNotIn("outcome=", exited.stdout)
@@ -4349,19 +4354,8 @@ class Drain(ServerCase):
 
     async def test_one_key_press_that_comes_twice(self) -> None:
         """A second signal within half a second is the same key press, passed on by a wrapper."""
-        go_on = asyncio.Event()
-
-        async with (
-            self.program(pauses_until(go_on)) as program,
-            self.asking(program.url) as response,
-        ):
-            await response.content.readuntil(b"\n\n")
-            program.signal(signal.SIGINT)
-            program.signal(signal.SIGTERM)
-            await self.until_it_drains(program)
-            go_on.set()
-            self.assertEqual(await response.read(), FINISH + DONE)
-            self.assertEqual((await program.exit()).status, 0)
+        exited = await self.drain_in_mid_answer(signal.SIGINT, signal.SIGTERM)
+        self.assertEqual(exited.status, 0)
 
     async def test_broken_outputs(self) -> None:
         """Whatever becomes of stdout and stderr, it serves, drains and ends with status 0."""
