@@ -280,6 +280,8 @@ def running_server(command: list[str], upstream: str) -> Iterator[tuple[int, str
         "OPENAI_MODEL": "m",
         "CHATSTREAM_PORT": str(port),
         "CHATSTREAM_MAX_STREAMS": "10000",
+        # On a slow machine, a thousand connections at once take a while.
+        "CHATSTREAM_CONNECT_SECONDS": "60",
         "PORT": str(port),
         "GOMAXPROCS": "1",
         "PYTHONDEVMODE": "",
