@@ -10,7 +10,7 @@
 The path of a token, from the upstream (any OpenAI-compatible server) to the client:
 
     upstream ──bytes──> EventParser ──events──> Relay ──`data: {…}↵↵`──> client
-        ^               lines, any split        what may go out      │
+        ^               finds events            checks them          │
         └──── aborted: the client left, time is up, we shut down ────┘
 
 Read it from the top. `EventParser` turns bytes into events, `Relay` decides what goes
@@ -30,7 +30,6 @@ import hmac
 import ipaddress
 import json
 import logging
-import math
 import os
 import re
 import signal
@@ -55,7 +54,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 logger = logging.getLogger("chatstream")
 
 # ---- Server-sent events --------------------------------------------------------------
-# Bytes in, events out. This class needs nothing else from this file: copy it freely.
+# Bytes in, events out. It needs only BOM and the imports: copy it freely.
 
 BOM = b"\xef\xbb\xbf"  # the byte order mark, in UTF-8
 
@@ -71,8 +70,7 @@ class EventParser:
         self.partial_line = bytearray()
         self.after_cr = False
         self.event_type = b""
-        self.data_lines: list[bytes] = []
-        self.data_size = 0
+        self.data = bytearray()  # of the event so far, with an LF after each line
         self.saw_unknown_field = False
 
     def feed(self, piece: bytes) -> Iterator[tuple[bytes, bytes]]:
@@ -85,18 +83,20 @@ class EventParser:
             if line:
                 self.read_field(line)
                 continue
-            data = b"\n".join(self.data_lines)
+            # An empty line ends the event.
             event_type = self.event_type
+            data = bytes(self.data[:-1])
             self.event_type = b""
-            self.data_lines = []
-            self.data_size = 0
+            self.data.clear()
             if data.strip():
                 yield event_type, data
+        # An incomplete line counts, too, but not its field name.
         if len(self.partial_line) > self.limit + len("data: "):
             raise OverflowError
 
     def close(self) -> Iterator[tuple[bytes, bytes]]:
-        """Like `feed`, at the end of the body. The last event may lack its blank line."""
+        """Like `feed`, at the end of the body. The last event may lack its empty line."""
+        # The first LF ends the last line, the second one the event.
         return self.feed(b"\n\n")
 
     def complete_lines(self, piece: bytes) -> list[bytes]:
@@ -118,13 +118,14 @@ class EventParser:
             self.partial_line.clear()
         if rest:
             self.partial_line += rest
-            # A comment may have any length. Nobody reads it, so it is not kept.
+            # A comment may exceed the limit. Nobody reads it, so it is not kept.
             if self.partial_line.startswith(b":"):
                 del self.partial_line[1:]
         return lines
 
     def read_field(self, line: bytes) -> None:
-        # b'data: {"choices":[…]}'. A BOM may open the stream; no field name has one.
+        # b'data: {"choices":[…]}'. Only the first line can start with a BOM; it is
+        # harmless to remove it everywhere.
         name, _, value = line.removeprefix(BOM).partition(b":")
         value = value.removeprefix(b" ")
         if name == b"data":
@@ -138,9 +139,8 @@ class EventParser:
             self.saw_unknown_field = True
 
     def add_data(self, line: bytes) -> None:
-        self.data_lines.append(line)
-        self.data_size += len(line)
-        if self.data_size + len(self.data_lines) - 1 > self.limit:
+        self.data += line + b"\n"
+        if len(self.data) > self.limit + len("\n"):
             raise OverflowError
 
 
@@ -177,7 +177,7 @@ ERRORS = {  # code: (HTTP status, outcome in the metrics, message)
     "upstream_timeout": (504, "timeout", "The model server did not answer in time."),
 }
 # fmt: on
-TYPES = {  # HTTP status: `type` of the error; for all others "invalid_request_error"
+ERROR_TYPES = {  # HTTP status: `type` of the error; for all others "invalid_request_error"
     401: "authentication_error",
     429: "rate_limit_error",
     500: "server_error",
@@ -206,7 +206,7 @@ class Failure(Exception):
         self.status = self.status or status
         self.outcome = self.outcome or outcome
         self.message = self.message or message
-        self.type = self.type or TYPES.get(self.status, "invalid_request_error")
+        self.type = self.type or ERROR_TYPES.get(self.status, "invalid_request_error")
         if self.status == 503:
             self.headers["Retry-After"] = "1"
 
@@ -216,7 +216,9 @@ class Failure(Exception):
 # else breaks clients.
 
 DONE = b"data: [DONE]\n\n"
+HEARTBEAT = b": keep-alive\n\n"
 WHITE_SPACE = b" \t\r\n"  # in JSON
+MAX_CHOICES = 128  # as in OpenAI's API
 
 
 class Relay:
@@ -228,11 +230,11 @@ class Relay:
     def __init__(self, parser: EventParser) -> None:
         self.parser = parser
         self.first_byte = b""
+        self.start = bytearray()  # of the body, for the log
         self.document = bytearray()  # a body that is one JSON document, not a stream
         self.events_received = 0
         self.events_sent = 0
-        self.choices: set[str] = set()
-        self.finished_choices: set[str] = set()
+        self.choices: dict[str, bool] = {}  # index: it has a `finish_reason`
         self.malformed = False
         self.done = False
         self.failure: Failure | None = None
@@ -240,22 +242,25 @@ class Relay:
     @property
     def all_finished(self) -> bool:
         """Every choice has a `finish_reason`: the body may end without [DONE]."""
-        return bool(self.choices) and self.choices == self.finished_choices
+        return bool(self.choices) and all(self.choices.values())
 
     def feed(self, piece: bytes) -> bytes:
         """Returns the events to send after this piece, each as b"data: PAYLOAD\\n\\n"."""
-        # The first byte decides the kind of body: Content-Type is often wrong.
+        if len(self.start) < 2000:
+            self.start += piece[:2000]
+        # The first byte that is not blank decides the kind of body: Content-Type is
+        # often wrong.
         if not self.first_byte:
             self.first_byte = piece.lstrip(BOM + WHITE_SPACE)[:1]
         if self.first_byte == b"<":
             self.failure = Failure("upstream_error", cause="a page", body=piece)
             return b""
-        if self.first_byte not in (b"{", b"["):
-            return self.relay_events(self.parser.feed(piece))
-        self.document += piece
-        if len(self.document) > self.parser.limit:
-            self.failure = Failure("event_too_large")
-        return b""
+        if self.first_byte in (b"{", b"["):
+            self.document += piece
+            if len(self.document) > self.parser.limit:
+                self.failure = Failure("event_too_large")
+            return b""
+        return self.relay_events(self.parser.feed(piece))
 
     def close(self, error: Exception | None = None) -> bytes:
         """Like `feed`, at the end of the body. `error` is what broke the connection.
@@ -263,32 +268,42 @@ class Relay:
         The only place that decides whether the answer is complete.
         """
         if self.document:
-            # A CR is white space in JSON, but would end the line of an event.
-            document = self.document.strip(BOM + WHITE_SPACE).replace(b"\r", b" ")
-            out = self.relay_events([(b"", bytes(document))])
-            is_cut = self.malformed and is_half(document)
-            is_complete = self.events_sent > 0 and not error
+            out = self.relay_document()
+            is_answer = bool(self.choices)
         else:
-            # A malformed last event without its blank line was cut off.
             out = self.relay_events(self.parser.close())
-            is_cut = self.malformed
-            is_complete = False
+            is_answer = False
         if self.done:
             return out
-        if is_cut:
+        # A malformed last event that lacks its empty line was cut off.
+        if self.malformed:
             self.failure = truncation(error)
         elif self.failure:
             return out
-        elif is_complete or self.all_finished:
+        elif self.all_finished or (is_answer and not error):
             self.done = True
             return out + DONE
         elif error or self.events_sent:
             self.failure = truncation(error)
         elif self.events_received or self.parser.saw_unknown_field:
-            self.failure = Failure("upstream_invalid", cause="the body has no chunk")
+            cause = "the body has no chunk"
+            body = bytes(self.start)
+            self.failure = Failure("upstream_invalid", cause=cause, body=body)
         else:
             self.failure = Failure("empty_stream")
         return out
+
+    def relay_document(self) -> bytes:
+        """Relays a body that is one JSON document, as one event."""
+        # A CR is white space in JSON, but would end the line of an event.
+        document = self.document.strip(BOM + WHITE_SPACE).replace(b"\r", b" ")
+        out = self.relay_events([(b"", bytes(document))])
+        if self.choices:
+            return out
+        # It is no answer, even if it has `usage`.
+        self.events_sent = 0
+        self.malformed = self.malformed and looks_cut_off(document)
+        return b""
 
     def relay_events(self, events: Iterable[tuple[bytes, bytes]]) -> bytes:
         out = []
@@ -325,7 +340,7 @@ class Relay:
         if event_type == b"error":
             raise error_in_stream(data)
         chunk = decode_json(data)
-        if has_error(chunk):
+        if error_in(chunk):
             raise error_in_stream(data)
         if chunk is None:  # `data: null`, which some servers send as a heartbeat
             return b""
@@ -347,13 +362,16 @@ class Relay:
         for choice in choices:
             if not isinstance(choice, dict):
                 continue
-            index = repr(choice.get("index"))  # it may be unhashable
+            # It may be unhashable, or long.
+            index = repr(choice.get("index"))[:20]
             if "message" in choice:
                 replace_message(choice, is_repetition=index in self.choices)
                 changed = True
-            self.choices.add(index)
+            self.choices.setdefault(index, False)
+            if len(self.choices) > MAX_CHOICES:
+                raise Failure("upstream_invalid", cause="too many choices")
             if choice.get("finish_reason"):
-                self.finished_choices.add(index)
+                self.choices[index] = True
         if not changed:
             return data
         return encode_json(chunk | {"object": "chat.completion.chunk"})
@@ -369,8 +387,8 @@ STREAM_HEADERS = {
     "X-Accel-Buffering": "no",
 }
 
-# What aiohttp raises if the connection to the upstream fails, or (RuntimeError) if it
-# has already failed.
+# What aiohttp raises if the connection to the upstream fails. RuntimeError: it had
+# failed before we read.
 UPSTREAM_ERRORS = (aiohttp.ClientError, HttpProcessingError, OSError, RuntimeError)
 
 
@@ -387,7 +405,7 @@ class Exchange:
         self.id = request_id(request)
         self.started = time.monotonic()
 
-        # The answer, which is begun, written, ending and sent, in this order
+        # The answer, in the order of its life
         self.response: web.StreamResponse | None = None  # None: not begun
         self.bytes_written = 0
         self.is_writing = False  # we wait for a slow client
@@ -399,9 +417,10 @@ class Exchange:
         # For a chat completion
         self.relay: Relay | None = None
         self.body_received = False
-        self.upstream: aiohttp.ClientResponse | None = None
+        self.upstream_answer: aiohttp.ClientResponse | None = None
         self.may_be_paid = False  # the upstream may charge for this request
         self.takes_heartbeats = False
+        self.heartbeat: asyncio.Task[None] | None = None  # the last one
         self.first_event_seconds = 0.0  # 0: none yet
         self.upstream_stall = Stall()
         self.write_stall = Stall()
@@ -429,7 +448,9 @@ class Exchange:
         """
         response = self.response or await self.begin()
         self.bytes_written += len(data)
+        # `stop` must not cancel this wait.
         self.is_writing = True
+        # aiohttp waits here after each 64 KB, until the kernel has taken them.
         await response.write(data)
         self.is_writing = False
         if self.failure:
@@ -438,7 +459,7 @@ class Exchange:
     async def finish(
         self, response: web.StreamResponse | None = None, last: bytes = b""
     ) -> web.StreamResponse:
-        """Ends the answer that has begun, or else this response.
+        """Sends this response, or ends the stream that has begun.
 
         Returns when the kernel has taken all of it. Until then, the exchange counts as
         running.
@@ -469,7 +490,7 @@ async def chat(exchange: Exchange) -> web.StreamResponse:
     """
     server = exchange.server
     settings = server.settings
-    # A stream counts before its body is read: bodies must not fill the memory.
+    # A stream counts before its body is read, so that bodies cannot fill the memory.
     if len(server.streams) >= server.max_streams:
         raise Failure("too_many_streams")
     server.streams.add(exchange)
@@ -478,15 +499,18 @@ async def chat(exchange: Exchange) -> web.StreamResponse:
     body = await read_request(exchange, settings)
     exchange.body_received = True
     always_stream = exchange.request.path == "/stream"
-    body, is_stream = check_request(body, settings.model, always_stream)
+    checked_body, is_stream = check_request(body, settings.model, always_stream)
     exchange.takes_heartbeats = is_stream
-    answer = await open_upstream(exchange, "/chat/completions", body)
+    answer = await open_upstream(exchange, "/chat/completions", checked_body)
     # The key line: however this block ends, the connection to the upstream is aborted,
     # unless the answer has been read to the end. Unread tokens cost money.
     with closing(answer):
         if not is_stream:
-            body = await read_completion(answer, settings.max_event_bytes)
-            return await exchange.finish(json_response(body))
+            whole, completion = await read_document(answer, settings.max_event_bytes)
+            if not isinstance(completion, dict):
+                cause = "not a JSON object"
+                raise Failure("upstream_invalid", cause=cause, body=whole)
+            return await exchange.finish(web.json_response(body=whole))
         await relay_answer(exchange, relay, answer)
         response = await exchange.finish()
         await read_end(answer)
@@ -511,6 +535,7 @@ async def relay_answer(
             out = relay.feed(piece) if piece else relay.close()
         if out and not exchange.first_event_seconds:
             exchange.first_event_seconds = time.monotonic() - exchange.started
+        # Set before the write: nothing may follow [DONE].
         exchange.is_ending = relay.done
         if out:
             await exchange.write(out)
@@ -545,7 +570,7 @@ SECONDS_AFTER_FINISH = 5
 
 
 class Stall:
-    """Measures how long we have been waiting for a value to change."""
+    """Measures how long we have been waiting for a value to grow."""
 
     def __init__(self) -> None:
         self.value = 0
@@ -554,9 +579,10 @@ class Stall:
     def update(self, value: int, is_waiting: bool) -> float:
         """Takes the value as it is now. Returns the seconds that we have waited."""
         now = time.monotonic()
-        if value != self.value or not is_waiting:
-            self.value = value
+        if value > self.value or not is_waiting:
             self.since = now
+        # Bytes taken may shrink: those that are unsent include HTTP's framing.
+        self.value = value
         return now - self.since
 
 
@@ -573,13 +599,13 @@ def enforce_limits(exchange: Exchange, settings: Settings) -> None:
     if not relay or exchange.is_ending:
         return
     # Until the client has taken everything, the upstream is not to blame.
-    upstreams_turn = exchange.body_received and not unsent
-    silent = exchange.upstream_stall.update(relay.events_received, upstreams_turn)
-    if silent >= settings.idle_seconds:
+    waits_for_upstream = exchange.body_received and not unsent
+    silent = exchange.upstream_stall.update(relay.events_received, waits_for_upstream)
+    if silent >= settings.idle_seconds and not relay.all_finished:
         cause = "silent for CHATSTREAM_IDLE_SECONDS"
         exchange.stop(Failure("upstream_timeout", cause=cause))
-    upstream = exchange.upstream
-    if not upstream or not upstreams_turn:
+    upstream = exchange.upstream_answer
+    if not upstream or not waits_for_upstream:
         return
     # Closing the upstream ends the read in `relay_answer`. aiohttp does not always report
     # a lost connection there.
@@ -593,9 +619,17 @@ def enforce_limits(exchange: Exchange, settings: Settings) -> None:
 def needs_heartbeat(exchange: Exchange, settings: Settings) -> bool:
     is_waiting = exchange.body_received and not unsent_bytes(exchange.transport)
     quiet = exchange.write_stall.update(exchange.bytes_written, is_waiting)
-    if exchange.is_ending or exchange.failure:
-        return False
-    return exchange.takes_heartbeats and quiet >= settings.heartbeat_seconds
+    return quiet >= settings.heartbeat_seconds and exchange.takes_heartbeats
+
+
+async def send_heartbeat(exchange: Exchange) -> None:
+    # The answer may have ended since this task was created.
+    if exchange.is_ending or exchange.failure or not exchange.takes_heartbeats:
+        return
+    with suppress(ConnectionError):  # the client has left
+        response = exchange.response or await exchange.begin()
+        exchange.bytes_written += len(HEARTBEAT)
+        await response.write(HEARTBEAT)
 
 
 def unsent_bytes(transport: asyncio.Transport) -> int:
@@ -608,18 +642,18 @@ def unsent_bytes(transport: asyncio.Transport) -> int:
 async def watch(server: Chatstream) -> None:
     """Enforces the limits of all exchanges while the server runs."""
     settings = server.settings
-    shortest = min(
+    shortest_limit = min(
         settings.idle_seconds, settings.write_seconds, settings.heartbeat_seconds
     )
     while True:
-        await asyncio.sleep(max(0.01, min(1.0, shortest / 10)))
+        await asyncio.sleep(max(0.01, min(1.0, shortest_limit / 10)))
         for exchange in list(server.exchanges):
             try:
                 enforce_limits(exchange, settings)
                 if needs_heartbeat(exchange, settings):
-                    await exchange.write(b": keep-alive\n\n")
-            except ConnectionError:
-                pass  # the client has left, and aiohttp cancels the handler
+                    # A task of its own: its wait for a slow client must not hold up
+                    # the other exchanges.
+                    exchange.heartbeat = asyncio.create_task(send_heartbeat(exchange))
             # A bug in one exchange must not stop the checks of the others.
             except Exception as error:
                 logger.exception("a bug in chatstream")
@@ -674,7 +708,9 @@ async def send_failure(exchange: Exchange, failure: Failure) -> web.StreamRespon
     if response:
         last = b"data: %b\n\n" % body
     else:
-        response = json_response(body, failure.status, failure.headers)
+        response = web.json_response(
+            body=body, status=failure.status, headers=failure.headers
+        )
         if exchange.may_be_paid:
             # Otherwise, OpenAI's clients retry a 5xx twice, and you pay each time.
             response.headers["X-Should-Retry"] = "false"
@@ -683,19 +719,13 @@ async def send_failure(exchange: Exchange, failure: Failure) -> web.StreamRespon
     return response
 
 
-def json_response(
-    body: bytes, status: int = 200, headers: Mapping[str, str] | None = None
-) -> web.StreamResponse:
-    json_headers = {"Content-Type": "application/json", **(headers or {})}
-    return web.Response(body=body, status=status, headers=json_headers)
-
-
 def limit_unsent_bytes(transport: asyncio.Transport) -> None:
-    """Keeps the unsent bytes in asyncio and in the kernel few."""
+    """Keeps the send buffers of asyncio and the kernel small."""
     if transport.is_closing():
         return
-    # With this limit, `write_eof` waits until all is sent.
-    transport.set_write_buffer_limits(high=0)
+    # With this limit, `write_eof` waits until all is sent. With 0, asyncio's TLS transport
+    # would pause while its buffer is empty, and never resume.
+    transport.set_write_buffer_limits(high=1)
     # Otherwise, the kernel takes data in such large steps that a slow client looks dead.
     connection = transport.get_extra_info("socket")
     if connection and hasattr(socket, "TCP_NOTSENT_LOWAT"):
@@ -716,9 +746,9 @@ async def listen(
         # Cancels the handler as soon as the client leaves. Otherwise, a closed tab
         # is noticed only at the next write.
         handler_cancellation=True,
-        # Inflated, 60 KB of a request can become 60 MB.
+        # A request of 60 KB could inflate to 60 MB.
         auto_decompress=False,
-        # A browser on localhost sends the cookies of all ports.
+        # Browsers send the cookies of every port on localhost.
         max_field_size=2**16,
         max_line_size=2**16,
         # Seconds until an idle connection, or an unfinished head, is closed.
@@ -745,7 +775,7 @@ def request_id(request: web.BaseRequest) -> str:
 
 
 async def read_body(reader: aiohttp.StreamReader, limit: int) -> bytes:
-    """Reads a body to the end, but stops once it exceeds the limit."""
+    """Reads a body to the end, but stops once it exceeds the limit: check its length."""
     body = bytearray()
     while len(body) <= limit:
         piece = await reader.readany()
@@ -770,7 +800,7 @@ async def read_request(exchange: Exchange, settings: Settings) -> bytes:
     except TimeoutError:
         raise Failure("request_timeout") from None
     except (web.RequestPayloadError, HttpProcessingError):
-        message = "The request body's encoding is broken."
+        message = "The request body is malformed."
         raise Failure("invalid_request", message) from None
     if len(body) > settings.max_body_bytes:
         raise Failure("body_too_large")
@@ -814,7 +844,8 @@ def check_request(
     if model not in models and "*" not in models:
         raise Failure("model_not_found")
     try:
-        # Encoded again, a duplicate key cannot slip another model past this check.
+        # Encoding it again drops duplicate keys, which could slip another model past
+        # this check.
         return encode_json(completion), stream
     except ValueError:
         raise Failure("invalid_json") from None
@@ -836,15 +867,6 @@ NOT_SENT = (
 
 def open_session(settings: Settings, proxy: str | None) -> aiohttp.ClientSession:
     """Our connections to the upstream."""
-    headers = {
-        "Content-Type": "application/json",
-        # Some servers require both.
-        "Accept": "text/event-stream, application/json",
-        # A compressed stream comes in bursts.
-        "Accept-Encoding": "identity",
-    }
-    if settings.api_key:
-        headers["Authorization"] = f"Bearer {settings.api_key}"
     connector = aiohttp.TCPConnector(
         # With aiohttp's limit, the 101st stream would wait.
         limit=0,
@@ -855,7 +877,6 @@ def open_session(settings: Settings, proxy: str | None) -> aiohttp.ClientSession
     return aiohttp.ClientSession(
         connector=connector,
         proxy=proxy,
-        headers=headers,
         timeout=aiohttp.ClientTimeout(total=None, connect=settings.connect_seconds),
         # One user's cookie must not be sent with another user's request.
         cookie_jar=aiohttp.DummyCookieJar(),
@@ -869,6 +890,27 @@ def open_session(settings: Settings, proxy: str | None) -> aiohttp.ClientSession
     )
 
 
+def upstream_headers(exchange: Exchange) -> dict[str, str]:
+    """Sent with each request.
+
+    Headers of the session would also go to a proxy, and the key with them.
+    """
+    headers = {
+        "Content-Type": "application/json",
+        # Some servers require both.
+        "Accept": "text/event-stream, application/json",
+        # A compressed stream arrives in bursts.
+        "Accept-Encoding": "identity",
+    }
+    api_key = exchange.server.settings.api_key
+    if api_key:
+        headers["Authorization"] = f"Bearer {api_key}"
+    # llama-cpp-python refuses every request whose id is not a UUID.
+    if re.fullmatch(UUID, exchange.id):
+        headers["X-Request-Id"] = exchange.id
+    return headers
+
+
 async def open_upstream(
     exchange: Exchange, path: str, body: bytes | None = None
 ) -> aiohttp.ClientResponse:
@@ -877,24 +919,20 @@ async def open_upstream(
     Raises Failure. A failed request is never retried: you might pay twice.
     """
     server = exchange.server
-    headers = {}
-    # llama-cpp-python refuses every request whose id is not a UUID.
-    if re.fullmatch(UUID, exchange.id):
-        headers["X-Request-Id"] = exchange.id
     exchange.may_be_paid = body is not None
     try:
         answer = await server.session.request(
             "GET" if body is None else "POST",
             server.upstream_url + path,
             data=body,
-            headers=headers,
+            headers=upstream_headers(exchange),
             allow_redirects=False,  # it would leak the key
         )
     except UPSTREAM_ERRORS as error:
         if isinstance(error, NOT_SENT):
             exchange.may_be_paid = False
         raise connection_failure(error) from None
-    exchange.upstream = answer
+    exchange.upstream_answer = answer
     encoding = answer.headers.get("Content-Encoding", "identity")
     if 200 <= answer.status < 300 and encoding == "identity":
         return answer
@@ -912,14 +950,18 @@ def connection_failure(error: Exception) -> Failure:
         code = "upstream_timeout"
     elif isinstance(error, OSError) and error.errno in OUT_OF_FILES:
         code = "too_many_streams"
-    # The class itself means that the upstream does not speak HTTP. A subclass does not.
+    # aiohttp raises exactly this class if the upstream does not speak HTTP.
     elif type(error) is aiohttp.ClientResponseError:
         code = "upstream_invalid"
-    return Failure(code, cause=f"{type(error).__name__}: {error}")
+    reason = str(error)
+    # Its text has the URL of the proxy, with the password.
+    if isinstance(error, aiohttp.ClientResponseError):
+        reason = f"{error.status} {error.message}"
+    return Failure(code, cause=f"{type(error).__name__}: {reason}")
 
 
 async def status_failure(answer: aiohttp.ClientResponse) -> Failure:
-    """Converts a bad answer. A client's mistake is reported in the upstream's words."""
+    """Turns a bad answer into a Failure. A 4xx keeps the upstream's words."""
     status = answer.status
     if status < 300:
         return Failure("upstream_invalid", cause="a compressed answer")
@@ -936,14 +978,19 @@ async def status_failure(answer: aiohttp.ClientResponse) -> Failure:
         return Failure("upstream_error", body=body)
     failure = Failure("upstream_rejected", body=body, status=status)
     for name, value in answer.headers.items():
-        is_limit = re.fullmatch(r"(?i)retry-after(-ms)?|x-ratelimit-[a-z-]+", name)
+        is_limit = re.fullmatch(r"(?i)retry-after(-ms)?|x-ratelimit-.+", name)
         if is_limit and value.isascii() and value.isprintable():
             failure.headers[name] = value
     return describe(failure)
 
 
-async def read_completion(answer: aiohttp.ClientResponse, limit: int) -> bytes:
-    """Reads and checks an answer that is not streamed. Raises Failure."""
+async def read_document(
+    answer: aiohttp.ClientResponse, limit: int
+) -> tuple[bytes, Any]:
+    """Returns the body of an answer that is not streamed, and the body decoded.
+
+    Raises Failure.
+    """
     try:
         body = await read_body(answer.content, limit)
     except UPSTREAM_ERRORS as error:
@@ -952,15 +999,13 @@ async def read_completion(answer: aiohttp.ClientResponse, limit: int) -> bytes:
         raise Failure("event_too_large")
     document = body.strip(BOM + WHITE_SPACE)
     try:
-        completion = decode_json(document)
+        decoded = decode_json(document)
     except ValueError:
-        completion = None
-    if has_error(completion):
+        code = "stream_truncated" if looks_cut_off(document) else "upstream_invalid"
+        raise Failure(code, cause="not JSON", body=body) from None
+    if error_in(decoded):
         raise error_in_stream(document)
-    if not isinstance(completion, dict):
-        code = "stream_truncated" if is_half(document) else "upstream_invalid"
-        raise Failure(code, cause="not a JSON object", body=body)
-    return body
+    return body, decoded
 
 
 # ---- The upstreams' dialects ---------------------------------------------------------
@@ -1000,7 +1045,7 @@ def decode_json(data: bytes) -> Any:
 def replace_message(choice: dict[str, Any], is_repetition: bool) -> None:
     """Replaces the `message` of a whole answer with a `delta`, as in a stream."""
     message = choice.pop("message")
-    if "delta" in choice:
+    if choice.get("delta"):
         return
     # After deltas, a message only repeats what they said.
     choice["delta"] = {} if is_repetition else message
@@ -1011,8 +1056,8 @@ def replace_message(choice: dict[str, Any], is_repetition: bool) -> None:
                 call.setdefault("index", index)
 
 
-def is_half(document: bytes | bytearray) -> bool:
-    """A guess: is this JSON document without its end?"""
+def looks_cut_off(document: bytes | bytearray) -> bool:
+    """Guesses whether this JSON document lacks its end."""
     if not document.startswith((b"{", b"[")):
         return False
     has_end = document.endswith((b"}", b"]"))
@@ -1031,26 +1076,26 @@ def first_of_list(document: object) -> object:
     return document
 
 
-def has_error(document: object) -> bool:
-    """True for an error in any upstream's dialect."""
+def error_in(document: object) -> object:
+    """The error that a document reports, in any upstream's dialect, or None."""
     document = first_of_list(document)
     if not isinstance(document, dict):
-        return False
-    if document.get("error") or document.get("object") == "error":
-        return True
+        return None
+    errors = [document.get("error")]
     choices = document.get("choices")
-    if not isinstance(choices, list):
-        return False
-    return any(isinstance(choice, dict) and choice.get("error") for choice in choices)
+    if isinstance(choices, list):
+        errors += [each.get("error") for each in choices if isinstance(each, dict)]
+    is_error = document.get("object") == "error"
+    return next(filter(None, errors), document if is_error else None)
 
 
 def error_in_stream(data: bytes) -> Failure:
-    """What an upstream reports after it has answered with a good status."""
+    """An error that the upstream reported after a good status."""
     return describe(Failure("upstream_error", body=data))
 
 
 # HTML and tracebacks are for the log, not for the user.
-NOT_FOR_READERS = re.compile(r"(?i)<(!doctype|html|head|body)\b|Traceback \(most")
+HTML_OR_TRACEBACK = re.compile(r"(?i)<(!doctype|html|head|body)\b|Traceback \(most")
 
 
 def describe(failure: Failure) -> Failure:
@@ -1059,13 +1104,12 @@ def describe(failure: Failure) -> Failure:
         document = first_of_list(decode_json(failure.body))
     except ValueError:
         return failure
-    message = message_in(document)
-    if message and not NOT_FOR_READERS.search(message):
+    error = error_in(document)
+    message = message_in(error) or message_in(document)
+    if message and not HTML_OR_TRACEBACK.search(message):
         failure.message = message
-    if isinstance(document, dict):
-        details = document.get("error")
-        if not isinstance(details, dict):
-            details = document
+    details = error if isinstance(error, dict) else document
+    if isinstance(details, dict):
         for name in ("type", "code", "param"):
             value = details.get(name)
             if isinstance(value, str) and 0 < len(value) <= 64:
@@ -1073,8 +1117,7 @@ def describe(failure: Failure) -> Failure:
     return failure
 
 
-# Where it may stand; in `choices`, it is the error of a choice.
-MESSAGE_KEYS = ("error", "errors", "message", "msg", "detail", "choices")
+MESSAGE_KEYS = ("error", "errors", "message", "msg", "detail")
 
 
 def message_in(document: object, depth: int = 5) -> str:
@@ -1100,7 +1143,7 @@ def is_loopback(host: str) -> bool:
 def route(server: Chatstream, request: web.BaseRequest) -> Handler:
     """Returns the handler of an allowed request. Raises Failure."""
     path = request.path
-    is_guarded = path in ("/", "/stream") or path.startswith("/v1/")
+    is_guarded = path not in OPEN_PATHS
     is_post = request.method == "POST"
     if is_guarded and not is_known_host(request, server.hosts):
         raise Failure("forbidden_host")
@@ -1125,10 +1168,8 @@ def is_known_host(request: web.BaseRequest, hosts: set[str]) -> bool:
     if not hosts:
         return True
     host = request.headers.get("Host", "").lower()
-    match = re.fullmatch(r"(\[[0-9a-f:.]+\]|[^:@/\s]+)(:\d{1,5})?", host)
-    if not match:
-        return False
-    return host in hosts or match[1] in hosts
+    name = re.sub(r":\d{1,5}$", "", host)
+    return host in hosts or name in hosts
 
 
 def is_same_origin(request: web.BaseRequest) -> bool:
@@ -1152,7 +1193,7 @@ def has_token(request: web.BaseRequest, token: str) -> bool:
         return True
     scheme, _, sent = request.headers.get("Authorization", "").partition(" ")
     given = sent.strip().encode(errors="surrogateescape")
-    # This comparison takes the same time wherever the two differ.
+    # In constant time: how long it takes must not show where the two differ.
     is_same = hmac.compare_digest(given, token.encode())
     return is_same and scheme.lower() == "bearer"
 
@@ -1167,11 +1208,10 @@ class Chatstream:
         self.settings = settings
         self.upstream_url = settings.base_url or OPENAI_URL
         self.proxy = environment_proxy(self.upstream_url)
-        # Shorter text is not secret, and masking it would garble every message.
-        keys = (settings.api_key, settings.token)
+        proxy_password = unquote(urlsplit(self.proxy or "").password or "")
+        # Shorter keys are not masked: they could occur in any message.
+        keys = (settings.api_key, settings.token, proxy_password)
         self.secrets = [key for key in keys if len(key) > 8]
-        if self.proxy and "@" in self.proxy:  # a user and a password, of any length
-            self.secrets.append(urlsplit(self.proxy).netloc.rpartition("@")[0])
         self.hosts = set(settings.allowed_hosts)
         if is_loopback(settings.host):
             self.hosts |= {"localhost", "127.0.0.1", "[::1]", settings.host}
@@ -1198,7 +1238,7 @@ class Chatstream:
             message = f"cannot listen on CHATSTREAM_HOST={settings.host}: {error}"
             if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
                 message = (
-                    f"CHATSTREAM_PORT={settings.port} is in use; 0 takes any free one"
+                    f"CHATSTREAM_PORT={settings.port} is in use; 0 picks a free one"
                 )
             raise BadSetting(message) from None
         self.session = open_session(settings, self.proxy)
@@ -1243,7 +1283,7 @@ class Chatstream:
             await asyncio.wait(tasks, timeout=seconds)
 
 
-async def page(exchange: Exchange) -> web.StreamResponse:
+async def show_page(exchange: Exchange) -> web.StreamResponse:
     server = exchange.server
     response = web.Response(body=server.html, headers=server.page_headers)
     return await exchange.finish(response)
@@ -1284,70 +1324,78 @@ async def list_models(exchange: Exchange) -> web.StreamResponse:
     models = [{"id": name, **common} for name in dict.fromkeys(ids)]
     body = encode_json({"object": "list", "data": models})
     headers = {"Cache-Control": "no-store"}
-    return await exchange.finish(json_response(body, headers=headers))
+    return await exchange.finish(web.json_response(body=body, headers=headers))
 
 
 async def upstream_models(exchange: Exchange) -> list[str]:
     """Returns their ids. Raises Failure."""
-    message = "The model server lists no models."
-    body = b""
     try:
         async with asyncio.timeout(exchange.server.settings.connect_seconds):
             answer = await open_upstream(exchange, "/models")
             with closing(answer):
-                body = await read_body(answer.content, MAX_MODELS_BYTES)
-        if len(body) > MAX_MODELS_BYTES:
-            raise Failure("event_too_large")
-        listed = decode_json(body)
+                body, listed = await read_document(answer, MAX_MODELS_BYTES)
     except TimeoutError:
         cause = "no list of models within CHATSTREAM_CONNECT_SECONDS"
         raise Failure("upstream_timeout", cause=cause) from None
-    except (ValueError, *UPSTREAM_ERRORS) as error:
-        raise Failure("upstream_invalid", message, repr(error), body) from None
     if isinstance(listed, dict):
         listed = listed.get("data")
     if not isinstance(listed, list):
+        message = "The model server lists no models."
         raise Failure("upstream_invalid", message, body=body)
     ids = [entry.get("id") for entry in listed if isinstance(entry, dict)]
     return [name for name in ids if name and isinstance(name, str)]
 
 
-async def probe(exchange: Exchange) -> web.StreamResponse:
+async def show_health(exchange: Exchange) -> web.StreamResponse:
     """200 while the process is alive; for /readyz, 503 once it is draining."""
     if exchange.server.draining and exchange.request.path == "/readyz":
         raise Failure("server_draining")
-    return await exchange.finish(json_response(b'{"status": "ok"}'))
+    return await exchange.finish(web.json_response({"status": "ok"}))
 
 
 # ---- The log and the metrics ---------------------------------------------------------
 
 
+OUTCOMES = (
+    "completed",
+    "client_gone",
+    "upstream_error",
+    "truncated",
+    "timeout",
+    "drained",
+    "rejected",
+    "failed",
+)
+
+
 class Histogram:
     """Seconds, in OpenTelemetry's buckets for GenAI: 0.01 doubling up to 327.68."""
 
-    BOUNDS = tuple(0.01 * 2**power for power in range(16))
-
     def __init__(self) -> None:
-        self.counts = dict.fromkeys([*self.BOUNDS, math.inf], 0)
+        self.buckets = {0.01 * 2**power: 0 for power in range(16)}
+        self.count = 0
         self.sum = 0.0
 
     def observe(self, value: float) -> None:
-        for bound in self.counts:
-            self.counts[bound] += value <= bound
+        for bound in self.buckets:
+            self.buckets[bound] += value <= bound
+        self.count += 1
         self.sum += value
 
-    def samples(self) -> dict[str, float]:
-        samples: dict[str, float] = {}
-        for bound, count in self.counts.items():
-            label = "+Inf" if bound == math.inf else bound
-            samples[f'_bucket{{le="{label}"}}'] = count
-        return samples | {"_sum": self.sum, "_count": self.counts[math.inf]}
+    def samples(self, name: str) -> str:
+        lines = [
+            f'{name}_bucket{{le="{bound}"}} {count}'
+            for bound, count in self.buckets.items()
+        ]
+        lines.append(f'{name}_bucket{{le="+Inf"}} {self.count}')
+        lines.append(f"{name}_sum {self.sum}")
+        lines.append(f"{name}_count {self.count}")
+        return "\n".join(lines)
 
 
 class Metrics:
     def __init__(self) -> None:
-        self.outcomes = {"completed": 0, "client_gone": 0, "drained": 0}
-        self.outcomes |= {outcome: 0 for _, outcome, _ in ERRORS.values()}
+        self.outcomes = dict.fromkeys(OUTCOMES, 0)
         self.events_sent = 0
         self.first_chunk = Histogram()
         self.duration = Histogram()
@@ -1387,11 +1435,11 @@ def count_and_log(exchange: Exchange) -> None:
 
 
 def cause_of(exchange: Exchange, failure: Failure) -> str:
-    """What the log says of a failure, without our secrets."""
+    """Describes a failure for the log, without our secrets."""
     redact = exchange.server.redact
     cause = f"{failure.code}: {exchange.request.path}"
-    if exchange.upstream:
-        cause += f": upstream HTTP {exchange.upstream.status}"
+    if exchange.upstream_answer:
+        cause += f": upstream HTTP {exchange.upstream_answer.status}"
     if failure.cause:
         cause += f": {failure.cause}"
     cause = redact(cause)
@@ -1402,53 +1450,62 @@ def cause_of(exchange: Exchange, failure: Failure) -> str:
     return cause
 
 
+# The last two names, and their buckets, are OpenTelemetry's.
+FIRST_CHUNK = "gen_ai_client_operation_time_to_first_chunk_seconds"
+DURATION = "gen_ai_client_operation_duration_seconds"
+
+
 async def show_metrics(exchange: Exchange) -> web.StreamResponse:
     """Prometheus' text format, version 0.0.4. No label comes from a client."""
-    lines = []
-    for name, kind, meaning, samples in measurements(exchange.server):
-        lines.append(f"# HELP {name} {meaning}")
-        lines.append(f"# TYPE {name} {kind}")
-        lines.extend(f"{name}{suffix} {value}" for suffix, value in samples.items())
+    server = exchange.server
+    metrics = server.metrics
+    active = sum(stream.body_received for stream in server.streams)
+    outcomes = "\n".join(
+        f'chatstream_streams_total{{outcome="{outcome}"}} {count}'
+        for outcome, count in metrics.outcomes.items()
+    )
+    text = f"""\
+# HELP chatstream_active_streams Streams running now.
+# TYPE chatstream_active_streams gauge
+chatstream_active_streams {active}
+# HELP chatstream_draining 1 while shutting down.
+# TYPE chatstream_draining gauge
+chatstream_draining {server.draining:d}
+# HELP chatstream_max_streams Stream limit.
+# TYPE chatstream_max_streams gauge
+chatstream_max_streams {server.max_streams}
+# HELP chatstream_streams_total Requests by outcome.
+# TYPE chatstream_streams_total counter
+{outcomes}
+# HELP chatstream_events_total Chunks sent.
+# TYPE chatstream_events_total counter
+chatstream_events_total {metrics.events_sent}
+# HELP {FIRST_CHUNK} Seconds until the first chunk.
+# TYPE {FIRST_CHUNK} histogram
+{metrics.first_chunk.samples(FIRST_CHUNK)}
+# HELP {DURATION} Seconds until the end of the answer.
+# TYPE {DURATION} histogram
+{metrics.duration.samples(DURATION)}
+"""
     headers = {
         "Content-Type": "text/plain; version=0.0.4; charset=utf-8",
         "Cache-Control": "no-store",
     }
-    body = "\n".join([*lines, ""]).encode()
-    return await exchange.finish(web.Response(body=body, headers=headers))
-
-
-Measurement = tuple[str, str, str, Mapping[str, float]]
-
-
-def measurements(server: Chatstream) -> Iterator[Measurement]:
-    """Yields the name, the kind, the meaning and the samples of each metric."""
-    metrics = server.metrics
-    active = sum(exchange.body_received for exchange in server.streams)
-    outcomes = {f'{{outcome="{name}"}}': n for name, n in metrics.outcomes.items()}
-    # These two names, and their buckets, are OpenTelemetry's.
-    first_chunk = "gen_ai_client_operation_time_to_first_chunk_seconds"
-    duration = "gen_ai_client_operation_duration_seconds"
-    # fmt: off
-    yield "chatstream_active_streams", "gauge", "Streams running now.", {"": active}
-    yield "chatstream_draining", "gauge", "1: shutting down.", {"": int(server.draining)}
-    yield "chatstream_max_streams", "gauge", "Stream limit.", {"": server.max_streams}
-    yield "chatstream_streams_total", "counter", "Requests by outcome.", outcomes
-    yield "chatstream_events_total", "counter", "Chunks sent.", {"": metrics.events_sent}
-    yield first_chunk, "histogram", "First-chunk delay.", metrics.first_chunk.samples()
-    yield duration, "histogram", "Total answer time.", metrics.duration.samples()
-    # fmt: on
+    response = web.Response(body=text.encode(), headers=headers)
+    return await exchange.finish(response)
 
 
 CHAT_PATHS = ("/stream", "/v1/chat/completions")
+OPEN_PATHS = ("/healthz", "/readyz", "/metrics")  # `route` guards all others
 
 Handler = Callable[[Exchange], Awaitable[web.StreamResponse]]
-ROUTES: dict[str, tuple[tuple[str, ...], Handler]] = {  # `route` says which are guarded
-    "/": (("GET", "HEAD"), page),
+ROUTES: dict[str, tuple[tuple[str, ...], Handler]] = {
+    "/": (("GET", "HEAD"), show_page),
     "/stream": (("POST",), chat),
     "/v1/chat/completions": (("POST",), chat),
     "/v1/models": (("GET", "HEAD"), list_models),
-    "/healthz": (("GET", "HEAD"), probe),
-    "/readyz": (("GET", "HEAD"), probe),
+    "/healthz": (("GET", "HEAD"), show_health),
+    "/readyz": (("GET", "HEAD"), show_health),
     "/metrics": (("GET", "HEAD"), show_metrics),
 }
 
@@ -1494,19 +1551,22 @@ def read_settings(environ: Mapping[str, str], arguments: list[str]) -> Settings:
     values, unknown = parser.parse_known_args(arguments)
     if unknown:  # shown without its value, which may be a secret
         parser.error(f"unknown argument: {unknown[0].partition('=')[0]}")
-    values.api_key = environ.get("OPENAI_API_KEY", "").strip()
-    values.token = environ.get("CHATSTREAM_TOKEN", "").strip()
-    in_header = "must be visible ASCII, to fit in a header"
-    if not re.fullmatch("[!-~]*", values.api_key):
-        parser.error(f"OPENAI_API_KEY {in_header}")
-    if not re.fullmatch("[!-~]*", values.token):
-        parser.error(f"CHATSTREAM_TOKEN {in_header}")
+    for variable in ("OPENAI_API_KEY", "CHATSTREAM_TOKEN"):
+        secret = environ.get(variable, "").strip()
+        if not re.fullmatch("[!-~]*", secret):
+            parser.error(f"{variable} must be visible ASCII, to fit in a header")
+        setattr(values, field_name(variable), secret)
     if not values.token and not is_loopback(values.host):
-        open_to = f"CHATSTREAM_HOST={values.host} is open to others"
-        parser.error(f"{open_to}: set CHATSTREAM_TOKEN")
+        host = f"CHATSTREAM_HOST={values.host}"
+        parser.error(f"{host} is open to others: set CHATSTREAM_TOKEN")
     if bool(values.tls_cert) != bool(values.tls_key):
         parser.error("CHATSTREAM_TLS_CERT and CHATSTREAM_TLS_KEY: set both or neither")
     return Settings(**vars(values))
+
+
+def field_name(variable: str) -> str:
+    """CHATSTREAM_MAX_STREAMS -> max_streams, as argparse names --max-streams."""
+    return variable.partition("_")[2].lower()
 
 
 def add_settings(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> None:
@@ -1517,9 +1577,8 @@ def add_settings(parser: argparse.ArgumentParser, environ: Mapping[str, str]) ->
         meaning: str,
         **more: Any,
     ) -> None:
-        name = variable.partition("_")[2].lower()
         parser.add_argument(
-            "--" + name.replace("_", "-"),
+            "--" + field_name(variable).replace("_", "-"),
             # argparse converts a string default as it converts the value of a flag.
             default=environ.get(variable, "").strip() or default,
             type=convert,
@@ -1531,11 +1590,11 @@ def add_settings(parser: argparse.ArgumentParser, environ: Mapping[str, str]) ->
     # fmt: off
     add("OPENAI_BASE_URL", "", base_url, "OpenAI-compatible server; empty = OpenAI")
     add("OPENAI_MODEL", "gpt-4o-mini", names, "models, the default first; * = any")
-    add("CHATSTREAM_HOST", "127.0.0.1", str, "address; a public one needs a token")
+    add("CHATSTREAM_HOST", "127.0.0.1", str, "address to listen on")
     add("CHATSTREAM_PORT", "8080", port_number, "port; 0 = any free one")
     add("CHATSTREAM_ALLOWED_HOSTS", "", host_names, "more Host names to accept")
     add("CHATSTREAM_MAX_STREAMS", "1000", positive_integer, "streams at once")
-    add("CHATSTREAM_MAX_BODY_BYTES", "1048576", positive_integer, "largest request")
+    add("CHATSTREAM_MAX_BODY_BYTES", "1048576", positive_integer, "largest request body")
     add("CHATSTREAM_MAX_EVENT_BYTES", "1048576", positive_integer, "largest event")
     add("CHATSTREAM_CONNECT_SECONDS", "5", positive_seconds, "connect timeout")
     add("CHATSTREAM_IDLE_SECONDS", "300", positive_seconds, "longest wait for an event")
@@ -1641,8 +1700,11 @@ def environment_proxy(url: str) -> str | None:
     proxy = proxies.get(parts.scheme) or proxies.get("all")
     if not proxy:
         return None
-    has_bad_user = ":" in unquote(urlsplit(proxy).username or "")
-    if has_bad_user or not is_base_url(re.sub("//.*@", "//", proxy)):
+    scheme, _, rest = proxy.partition("://")
+    credentials, _, address = rest.rpartition("@")
+    user = unquote(credentials.partition(":")[0])
+    is_bad_user = ":" in user or re.search(r"[/?#\s]", credentials)
+    if is_bad_user or not is_base_url(f"{scheme}://{address}"):
         # The message does not show the URL, which may have a password.
         raise BadSetting(
             f"the environment's proxy for {parts.scheme} must be like http://host:3128, "
@@ -1676,19 +1738,19 @@ def streams_for_files(wanted: int) -> int:
     except ImportError:  # Windows has no such limit
         return wanted
     needed = 2 * wanted + 64
-    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if files == resource.RLIM_INFINITY or files >= needed:
+    limit, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY or limit >= needed:
         return wanted
-    # macOS says that there is no limit, but refuses to raise it so far.
-    raised = needed if most == resource.RLIM_INFINITY else most
+    # macOS reports no hard limit, but refuses to raise the limit that far.
+    raised = needed if hard_limit == resource.RLIM_INFINITY else hard_limit
     with suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (raised, most))
-        files = raised
-    if files >= needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard_limit))
+        limit = raised
+    if limit >= needed:
         return wanted
-    allowed = max(1, (files - 64) // 2)
+    allowed = max(1, (limit - 64) // 2)
     logger.warning(
-        f"{files} open files allow {allowed} streams; for {wanted}: ulimit -n {needed}"
+        f"{limit} open files allow {allowed} streams; for {wanted}: ulimit -n {needed}"
     )
     return allowed
 

@@ -1173,6 +1173,19 @@ class Forwarding(unittest.TestCase):
         self.assertEqual(relayed.chunks[0]["object"], "chat.completion.chunk")
         self.assertNotIn("message", relayed.chunks[0]["choices"][0])
 
+    def test_a_message_beside_an_empty_delta(self) -> None:
+        """A `message` is forwarded also where there is a `delta` that is null or empty."""
+        empty: list[Json | None] = [None, {}]
+        for delta in empty:
+            with self.subTest(delta):
+                choice = WHOLE_ANSWER["choices"][0] | {"delta": delta}
+                self.assertEqual(relay_body(event({"choices": [choice]})).text, "Hi")
+
+    def test_more_choices_than_anybody_asks_for(self) -> None:
+        """An upstream cannot fill the memory with choices: there are 128 at most."""
+        body = b"".join(text("a", index=index) for index in range(129))
+        self.assertEqual(relay_body(body + DONE).code, "upstream_invalid")
+
     def test_tool_calls_of_a_whole_completion(self) -> None:
         """Each of its `tool_calls` gets the `index` that clients need."""
         calls = [
@@ -1331,6 +1344,18 @@ DIALECTS = [
     ),
     Dialect(
         "an error in a choice", event({"choices": [{"error": {"message": "Ouch"}}]})
+    ),
+    Dialect(
+        "a code in a choice",
+        event({"choices": [{"error": OVERLOADED}]}),
+        code="busy",
+        message="Overloaded",
+    ),
+    Dialect(
+        "object: error with an error inside",
+        event({"object": "error", "error": OVERLOADED}),
+        code="busy",
+        message="Overloaded",
     ),
     Dialect("an error that is a flag", event({"error": True, "message": "Ouch"})),
     Dialect("a number as code", event({"error": {"message": "Ouch", "code": 500}})),
@@ -1570,7 +1595,9 @@ class HonestStatus(ServerCase):
 
     async def test_secrets_in_messages(self) -> None:
         """Key and token are blotted out where the upstream quotes them."""
-        leak = {"error": "sk-secret-1 and token-secret-2 are wrong"}
+        leak: Json = {"message": "sk-secret-1 and token-secret-2 are wrong"}
+        leak |= dict.fromkeys(("type", "code", "param"), "sk-secret-1")
+        leak = {"error": leak}
         headers = {"Authorization": "Bearer token-secret-2"}
         for script in (
             responds(400, leak),
@@ -1596,6 +1623,7 @@ class HonestStatus(ServerCase):
             "Retry-After": "7",
             "retry-after-ms": "7000",
             "x-ratelimit-remaining": "0",
+            "x-ratelimit-limit-tokens_5m": "9",
         }
         body = {"error": {"message": "No", "param": "n"}}
         script = responds(429, body, kept | {"Set-Cookie": "a=b", "X-Internal": "x"})
@@ -1760,6 +1788,17 @@ class KindOfBody(ServerCase):
                     self.assertTrue(answer.is_complete)
                     self.assertEqual((answer.text, len(answer.payloads)), ("Hi", 2))
 
+    async def test_line_ends_in_a_document(self) -> None:
+        """White space inside a document may be of any kind: the client gets one line."""
+        document = json.dumps(WHOLE_ANSWER, indent=2).encode()
+        for line_end in (b"\n", b"\r\n", b"\r"):
+            with self.subTest(line_end):
+                body = document.replace(b"\n", line_end)
+                answer = await self.answer_to(sends(body, content_type=JSON))
+                self.assertTrue(answer.is_complete)
+                self.assertEqual(answer.body.count(b"\r"), 0)
+                self.assertEqual(answer.body.count(b"\n"), 4)
+
     async def test_a_page_under_another_name(self) -> None:
         """A page is a failure of the upstream, whatever its `Content-Type`."""
         for content_type in (JSON, EVENT_STREAM, "text/html"):
@@ -1789,7 +1828,17 @@ class KindOfBody(ServerCase):
 
     async def test_a_document_that_is_no_answer(self) -> None:
         """A document that is neither an answer nor an error is never told as complete."""
-        for body in ({}, {"id": 7}, [], [1], {"choices": 3}):
+        usage = {"choices": None, "usage": {"total_tokens": 0}}
+        bodies: list[Any] = [
+            {},
+            {"id": 7},
+            [],
+            [1],
+            {"choices": 3},
+            {"choices": []},
+            usage,
+        ]
+        for body in bodies:
             with self.subTest(body):
                 answer = await self.answer_to(responds(200, body))
                 self.assertEqual(answer.status, 502)
@@ -2055,7 +2104,7 @@ class Proxies(ServerCase):
             async with scripted_upstream(
                 responds(407, {"error": "Who are you?"})
             ) as proxy:
-                with_password = proxy.url.replace("//", "//me:pass-word-1@")
+                with_password = proxy.url.replace("//", "//me:p%61ss-word-1@")
                 environ = {"http_proxy": with_password, "https_proxy": with_password}
                 async with running_program(
                     OPENAI_BASE_URL=base_url, **environ
@@ -2065,13 +2114,34 @@ class Proxies(ServerCase):
             with self.subTest(base_url):
                 self.assertEqual(answer.status, 502)
                 self.assertEqual(answer.error["code"], "upstream_unreachable")
-                self.assertNotIn("pass-word-1", exited.stderr + exited.stdout)
+                self.assertNotIn("ss-word-1", exited.stderr + exited.stdout)
+
+    async def test_the_key_is_not_for_the_proxy(self) -> None:
+        """A proxy that only connects us to the upstream does not get the upstream's key."""
+        async with scripted_upstream(responds(403, b"no")) as proxy:
+            environ = {"https_proxy": proxy.url, "OPENAI_API_KEY": "sk-secret-1"}
+            environ["OPENAI_BASE_URL"] = "https://gpu.example/v1"
+            async with running_program(**environ) as program:
+                await self.ask(program.url)
+        (call,) = proxy.calls
+        self.assertEqual(call.request_line, "CONNECT gpu.example:443 HTTP/1.1")
+        self.assertNotIn("sk-secret-1", str(call.headers))
+
+    async def test_a_proxy_for_everything(self) -> None:
+        """`all_proxy` is honoured, too."""
+        async with scripted_upstream(SAYS_HI) as proxy:
+            environ = {"all_proxy": proxy.url, "OPENAI_BASE_URL": self.elsewhere}
+            async with running_program(**environ) as program:
+                self.assertTrue((await self.ask(program.url)).is_complete)
+        self.assertEqual(len(proxy.calls), 1)
 
     async def test_a_proxy_that_cannot_work(self) -> None:
         """A proxy URL that cannot work stops the start, without showing its password."""
         for proxy in (
             "http://me:pass-word-1@p.example:99999",
             "http://a%3Ab:pass-word-1@p.example",
+            "http://me:pass-word-1/2@p.example",
+            "http://me:pass-word-1@[::1:3128",
         ):
             with self.subTest(proxy):
                 exited = await failed_start(
@@ -2491,9 +2561,12 @@ class NoSecondPayment(ServerCase):
                     self.assert_headers(answer, {"X-Should-Retry": "false"})
 
     async def test_unpaid_requests_may_be_retried(self) -> None:
-        """A 429 of the upstream may be retried: it cost nothing."""
-        answer = await self.answer_to(responds(429, BUSY))
-        self.assertNotIn("X-Should-Retry", answer.headers)
+        """A 4xx of the upstream may be retried: it cost nothing."""
+        for status in (400, 404, 409, 429):
+            with self.subTest(status):
+                answer = await self.answer_to(responds(status, BUSY))
+                self.assertEqual(answer.status, status)
+                self.assertNotIn("X-Should-Retry", answer.headers)
 
     async def test_unsent_requests_may_be_retried(self) -> None:
         """So may a request that never reached the upstream."""
@@ -2596,6 +2669,11 @@ class TimeLimits(ServerCase):
             self.answer_to(silent), self.answer_to(commenting)
         ):
             self.assertTrue(answer.is_complete)
+
+    async def test_a_short_idle_limit_after_the_last_word(self) -> None:
+        """An idle limit of less than five seconds does not fail a complete answer."""
+        script = sends(SAID, FINISH, then=hangs)
+        self.assertTrue((await self.answer_to(script, idle_seconds=0.5)).is_complete)
 
     async def test_heartbeats(self) -> None:
         """A silent stream gets a comment each interval; its status is 200 from then on."""
@@ -2762,13 +2840,46 @@ class BackPressure(ServerCase):
                 await self.assert_outcomes(server.url, client_gone=1)
 
     async def test_a_stalled_client_of_a_trickle(self) -> None:
-        """New tokens do not count as reading."""
-        first = text("x" * 4_000_000)
-        script = sends(first, *[SAID] * 1000, pause=0.05, then=hangs)
-        async with serving(script, write_seconds=0.5, max_event_bytes=2**24) as server:
+        """New tokens do not count as reading, neither while they fit into our buffer."""
+        first = text("x" * 30_000)
+        script = sends(first, *[SAID] * 200, pause=0.05, then=hangs)
+        async with serving(script, write_seconds=0.5) as server:
             async with connected(server.url, receive_buffer=4096) as client:
                 client.send(http_request(HELLO))
                 await self.assert_outcomes(server.url, client_gone=1)
+                metrics = await self.metrics(server.url)
+        self.assertLess(metrics["chatstream_events_total"], 150)
+
+    async def test_a_slow_client_is_not_the_upstreams_silence(self) -> None:
+        """While a client takes its time, the idle limit does not run."""
+        go_on = asyncio.Event()
+        long_text = text("x" * 60_000)
+
+        async def script(call: Call) -> None:
+            await call.send_head()
+            await call.send(long_text)
+            await go_on.wait()
+            await call.send(FINISH + DONE)
+
+        async with serving(script, idle_seconds=0.5) as server:
+            async with connected(server.url, receive_buffer=4096) as client:
+                client.send(http_request(HELLO))
+                await client.read_until(b"200 OK")
+                await asyncio.sleep(1.5)
+                go_on.set()
+                await client.read_until(b"[DONE]")
+
+    async def test_answers_end_over_tls(self) -> None:
+        """Over TLS, an answer is completed once its client has it, and its connection serves on."""
+        with certificate() as own:
+            async with serving(tls_cert=own.path, tls_key=own.path) as server:
+                async with connected(server.url, tls=CLIENT_TLS) as client:
+                    for number in range(1, 5):
+                        words = ["word"] * number
+                        server.upstream.script = sends(*map(text, words), FINISH, DONE)
+                        client.send(http_request(HELLO))
+                        await client.read_until(b"[DONE]\n\n\r\n0\r\n\r\n")
+                        await self.assert_outcomes(server.url, completed=number)
 
     async def test_a_steady_slow_client(self) -> None:
         """A client that takes 60,000 bytes within each write limit, a little at a time, is not
@@ -2890,6 +3001,8 @@ HOSTS = [
     Visitor("GET /", name("[::1]:8080"), 200),
     Visitor("GET /", name("[::1]"), 200),
     Visitor("GET /", name("Chat.Example:443"), 200),
+    Visitor("GET /", name("with-port.example:8443"), 200),
+    Visitor("GET /", name("with-port.example:80"), 403, "forbidden_host"),
     Visitor("GET /", name("evil.example"), 403, "forbidden_host"),
     Visitor("GET /", name("evil.example:80"), 403, "forbidden_host"),
     Visitor("GET /", name("localhost.evil.example"), 403, "forbidden_host"),
@@ -2899,6 +3012,7 @@ HOSTS = [
     Visitor("GET /", name("chat.example.evil"), 403, "forbidden_host"),
     Visitor("GET /v1/models", name("evil.example"), 403, "forbidden_host"),
     Visitor("GET /v1/nothing", name("evil.example"), 403, "forbidden_host"),
+    Visitor("GET /nothing", name("evil.example"), 403, "forbidden_host"),
     Visitor(CHAT, name("evil.example"), 403, "forbidden_host"),
     Visitor(CHAT_API, name("evil.example"), 403, "forbidden_host"),
     Visitor("GET /healthz", name("10.0.0.7:8080"), 200),
@@ -2969,7 +3083,8 @@ class Access(ServerCase):
 
     async def test_hosts(self) -> None:
         """Bound to loopback, only this machine's names and the allowed hosts are served."""
-        async with serving(allowed_hosts="chat.example") as server:
+        allowed = "Chat.Example, with-port.example:8443"
+        async with serving(allowed_hosts=allowed) as server:
             await self.check(HOSTS, server.url)
 
     async def test_hosts_of_a_public_server(self) -> None:
@@ -3592,6 +3707,15 @@ REASONS = [
     Reason(
         "no JSON in the stream", sends(SAID, event(b"nonsense")), ("200", "nonsense")
     ),
+    Reason(
+        "MiniMax with a good status",
+        responds(200, {"choices": None, "base_resp": {"status_msg": "why"}}),
+        ("200", "why"),
+    ),
+    Reason(
+        "FastAPI with a good status", responds(200, {"detail": "why"}), ("200", "why")
+    ),
+    Reason("a text", sends(b"Service is ", b"starting"), ("Service is starting",)),
     Reason("a page", sends(b"<html>Sign in"), ("200", "Sign in")),
     Reason("a break", sends(SAID, then=breaks_off), ("200", "Error")),
     Reason("a reset", breaks_off, ("Error",)),
@@ -4305,6 +4429,17 @@ class Drain(ServerCase):
                 program.signal(signal.SIGTERM)
                 self.assertIn(b"server_draining", await response.read())
             self.assertEqual((await program.exit()).status, 0)
+
+    async def test_nobody_can_connect(self) -> None:
+        """While it drains, nobody can connect."""
+        async with self.program(sends(SAID, then=hangs)) as program:
+            async with self.asking(program.url) as response:
+                await response.content.readuntil(b"\n\n")
+                program.signal(signal.SIGTERM)
+                await self.until_it_drains(program)
+                with self.assertRaises(ConnectionRefusedError):
+                    async with connected(program.url):
+                        pass
 
     async def test_a_stalled_client_stops_nobody(self) -> None:
         """A client that reads nothing cannot stop the end."""
