@@ -1081,12 +1081,14 @@ def error_in(document: object) -> object:
     document = first_of_list(document)
     if not isinstance(document, dict):
         return None
-    errors = [document.get("error")]
+    if document.get("error"):
+        return document["error"]
     choices = document.get("choices")
     if isinstance(choices, list):
-        errors += [each.get("error") for each in choices if isinstance(each, dict)]
-    is_error = document.get("object") == "error"
-    return next(filter(None, errors), document if is_error else None)
+        for choice in choices:
+            if isinstance(choice, dict) and choice.get("error"):
+                return choice["error"]
+    return document if document.get("object") == "error" else None
 
 
 def error_in_stream(data: bytes) -> Failure:
