@@ -7115,6 +7115,10 @@ STRAY_STARS = [
 CHINESE_EMPHASIS = [
     Row("**重点**，*强调*。", "<p><strong>重点</strong>，<em>强调</em>。</p>"),
     Row(
+        "**Done!**🎉 **Note:**👉 go",
+        "<p><strong>Done!</strong>🎉 <strong>Note:</strong>👉 go</p>",
+    ),
+    Row(
         "**复现：**10 轮对话，**建议：**页",
         "<p><strong>复现：</strong>10 轮对话，<strong>建议：</strong>页</p>",
     ),
