@@ -4939,8 +4939,9 @@ class Element:
     async def focus(self) -> None:
         await self.read("element.focus()")
 
-    async def click(self) -> None:
-        """Presses and releases the mouse in the middle of the element."""
+    async def click(self, count: int = 1) -> None:
+        """Presses and releases the mouse in the middle of the element, for the first time or
+        as the second click of a double click."""
         await self.read("element.scrollIntoViewIfNeeded()")
         box = await self.read("element.getBoundingClientRect().toJSON()")
         for kind in ("mousePressed", "mouseReleased"):
@@ -4950,7 +4951,7 @@ class Element:
                 x=box["x"] + box["width"] / 2,
                 y=box["y"] + box["height"] / 2,
                 button="left",
-                clickCount=1,
+                clickCount=count,
             )
 
 
@@ -5847,6 +5848,18 @@ class Endings(PageCase):
         self.assertIn("The model sent an empty answer.", await page.text_of_answer())
         self.assertTrue(await page.has("button", "Retry"))
 
+    async def test_an_answer_of_white_space(self) -> None:
+        """So does one of nothing but white space."""
+        page = await self.end_of(sends(text("\n\n"), FINISH, DONE))
+        self.assertIn("The model sent an empty answer.", await page.text_of_answer())
+        self.assertTrue(await page.has("button", "Retry"))
+
+    async def test_no_tool_calls(self) -> None:
+        """An empty list of tool calls is no part of an answer."""
+        delta = {"content": "", "tool_calls": []}
+        page = await self.end_of(sends(chunk(delta), event(BUSY)))
+        self.assertIn("No answer:", await page.text_of_answer())
+
     async def test_empty_answer_after_regenerate(self) -> None:
         """An empty answer after "Regenerate" says so, too."""
         page = await self.end_of(says("Good."))
@@ -5978,6 +5991,16 @@ class Stop(PageCase):
         page = await self.begin(STALLS)
         await page.click("Stop")
         await self.check_stopped(page)
+
+    async def test_double_click(self) -> None:
+        """The second click of a double click on "Stop" does not send the draft."""
+        page = await self.begin(STALLS)
+        await page.type("half a draft")
+        await page.click("Stop")
+        button = await page.find("button", "Send")
+        await button.click(count=2)
+        self.assertEqual(await page.message(), "half a draft")
+        self.assertEqual(len(self.calls), 1)
 
     async def test_escape(self) -> None:
         """Escape stops, too."""
@@ -6174,6 +6197,26 @@ class FromOutside(PageCase):
         await page.ask("Two")
         await page.wait_for_text("Good.")
 
+    async def test_translated_controls(self) -> None:
+        """A page whose controls were translated asks for the same model as before."""
+        page = await self.open(model="m,n")
+        await page.wait_until("document.querySelectorAll('option').length === 2")
+        await page.run(
+            """{
+                for (const option of document.querySelectorAll("option")) {
+                    option.firstChild.data = "Modell";
+                }
+                for (const button of document.querySelectorAll("button")) {
+                    const font = document.createElement("font");
+                    font.append(...button.childNodes);
+                    button.append(font);
+                }
+            }"""
+        )
+        await page.click("What are server-sent events?")
+        await page.wait_for_text("Hello.")
+        self.assertEqual(self.calls[0].json["model"], "m")
+
     async def test_stop_after_a_translator(self) -> None:
         """Stop works after a translator has replaced text nodes in mid-answer."""
         lines = [text("```\nx = 1\n"), *[text("y\n")] * 50]
@@ -6209,6 +6252,21 @@ class Copy(PageCase):
         page = await self.open(says("Look:\n\n```py\nif x:\n    y()\n```"))
         await page.ask()
         self.assertEqual(await self.copy_and_paste(page, index=0), "if x:\n    y()")
+
+    async def test_translated_code(self) -> None:
+        """So does one whose name was translated."""
+        page = await self.open(says("```py\nx = 1\n```"))
+        await page.ask()
+        await page.run(
+            """{
+                const button = document.querySelector("article pre").parentNode
+                    .querySelector("button");
+                const font = document.createElement("font");
+                font.append(...button.childNodes);
+                button.append(font);
+            }"""
+        )
+        self.assertEqual(await self.copy_and_paste(page, index=0), "x = 1")
 
     async def test_refused(self) -> None:
         """Where the browser refuses the clipboard, the older way is tried."""
@@ -6310,6 +6368,37 @@ class Changes(PageCase):
         if await page.has("button", "Undo"):
             await page.click("Undo")
         self.assertIn("Two.", await page.text_of_answer())
+
+    async def test_undo_after_a_retry(self) -> None:
+        """ "Undo" brings back the answer that was replaced, not the part that "Retry" replaced."""
+        page = await self.conversation()
+        self.answer_by(sends(text("Once"), then=breaks_off))
+        await page.click("Regenerate")
+        await page.wait_for_text("broke off")
+        self.answer_by(says("Third."))
+        await page.click("Retry")
+        await page.wait_for_text("Third.")
+        await page.click("Undo")
+        self.assertIn("Two.", await page.text_of_answer())
+
+    async def test_continue_ends_an_edit(self) -> None:
+        """ "Continue" gives up an edit: the next message does not replace the conversation."""
+        page = await self.open(sends(text("Part"), then=breaks_off))
+        await page.ask()
+        await page.click("Edit")
+        self.answer_by(says("ner."))
+        await page.click("Continue")
+        await page.wait_for_text("Partner.")
+        self.assertEqual(await page.message(), "")
+
+    async def test_one_answer_at_a_time(self) -> None:
+        """While an answer runs, no button can start a second one, which would be paid, too."""
+        page = await self.conversation()
+        self.answer_by(STALLS)
+        await page.say("Third")
+        await page.wait_for_text("Once")
+        for name in ("Regenerate", "Edit", "Retry", "Continue", "Send"):
+            self.assertFalse(await page.has("button", name), name)
 
     async def test_undo_edit(self) -> None:
         """ "Undo" brings back what an edit replaced."""
