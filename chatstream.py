@@ -581,7 +581,7 @@ class Stall:
         now = time.monotonic()
         if value > self.value or not is_waiting:
             self.since = now
-        # Bytes taken may shrink: those that are unsent include HTTP's framing.
+        # The bytes taken may seem to shrink: unsent bytes include HTTP's framing.
         self.value = value
         return now - self.since
 
@@ -844,8 +844,7 @@ def check_request(
     if model not in models and "*" not in models:
         raise Failure("model_not_found")
     try:
-        # Encoding it again drops duplicate keys, which could slip another model past
-        # this check.
+        # Encoding it again drops duplicate keys: none slips past this check.
         return encode_json(completion), stream
     except ValueError:
         raise Failure("invalid_json") from None

@@ -2841,7 +2841,7 @@ class BackPressure(ServerCase):
                 await self.assert_outcomes(server.url, client_gone=1)
 
     async def test_a_stalled_client_of_a_trickle(self) -> None:
-        """New tokens do not count as reading, neither while they fit into our buffer."""
+        """New tokens do not count as reading, even while they fit into our buffer."""
         first = text("x" * 30_000)
         script = sends(first, *[SAID] * 200, pause=0.05, then=hangs)
         async with serving(script, write_seconds=0.5) as server:
@@ -4940,8 +4940,7 @@ class Element:
         await self.read("element.focus()")
 
     async def click(self, count: int = 1) -> None:
-        """Presses and releases the mouse in the middle of the element, for the first time or
-        as the second click of a double click."""
+        """Clicks in the middle of the element. With 2, it is a double click's second click."""
         await self.read("element.scrollIntoViewIfNeeded()")
         box = await self.read("element.getBoundingClientRect().toJSON()")
         for kind in ("mousePressed", "mouseReleased"):
