@@ -2678,9 +2678,7 @@ class TimeLimits(ServerCase):
 
     async def test_heartbeats(self) -> None:
         """A silent stream gets a comment each interval; its status is 200 from then on."""
-        answer = await self.answer_to(
-            says_nothing, heartbeat_seconds=1, idle_seconds=6
-        )
+        answer = await self.answer_to(says_nothing, heartbeat_seconds=1, idle_seconds=6)
         self.assert_error(answer, 200, "upstream_timeout")
         self.assertIn(answer.body.count(KEEP_ALIVE), range(1, 7))
 
