@@ -953,7 +953,7 @@ def connection_failure(error: Exception) -> Failure:
     elif type(error) is aiohttp.ClientResponseError:
         code = "upstream_invalid"
     reason = str(error)
-    # Its text has the URL of the proxy, with the password.
+    # The text of such an error has the proxy's URL, with the password.
     if isinstance(error, aiohttp.ClientResponseError):
         reason = f"{error.status} {error.message}"
     return Failure(code, cause=f"{type(error).__name__}: {reason}")
@@ -1355,7 +1355,6 @@ async def show_health(exchange: Exchange) -> web.StreamResponse:
 
 
 # ---- The log and the metrics ---------------------------------------------------------
-
 
 OUTCOMES = (
     "completed",

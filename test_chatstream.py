@@ -2105,6 +2105,7 @@ class Proxies(ServerCase):
             async with scripted_upstream(
                 responds(407, {"error": "Who are you?"})
             ) as proxy:
+                # aiohttp's messages have it decoded.
                 with_password = proxy.url.replace("//", "//me:p%61ss-word-1@")
                 environ = {"http_proxy": with_password, "https_proxy": with_password}
                 async with running_program(
@@ -6090,6 +6091,15 @@ NOT_FOR_PEOPLE = (
 )
 
 
+# A browser's translator puts what it translates into an element of its own.
+TRANSLATE_BUTTONS = """
+    for (const button of document.querySelectorAll("button")) {
+        const font = document.createElement("font");
+        font.append(...button.childNodes);
+        button.append(font);
+    }"""
+
+
 class FromOutside(PageCase):
     async def test_odd_fields(self) -> None:
         """Whatever type a field of a chunk has, the answer is shown and complete."""
@@ -6203,13 +6213,9 @@ class FromOutside(PageCase):
                 for (const option of document.querySelectorAll("option")) {
                     option.firstChild.data = "Modell";
                 }
-                for (const button of document.querySelectorAll("button")) {
-                    const font = document.createElement("font");
-                    font.append(...button.childNodes);
-                    button.append(font);
-                }
             }"""
         )
+        await page.run(TRANSLATE_BUTTONS)
         await page.click("What are server-sent events?")
         await page.wait_for_text("Hello.")
         self.assertEqual(self.calls[0].json["model"], "m")
@@ -6254,15 +6260,7 @@ class Copy(PageCase):
         """So does one whose name was translated."""
         page = await self.open(says("```py\nx = 1\n```"))
         await page.ask()
-        await page.run(
-            """{
-                const button = document.querySelector("article pre").parentNode
-                    .querySelector("button");
-                const font = document.createElement("font");
-                font.append(...button.childNodes);
-                button.append(font);
-            }"""
-        )
+        await page.run(TRANSLATE_BUTTONS)
         self.assertEqual(await self.copy_and_paste(page, index=0), "x = 1")
 
     async def test_refused(self) -> None:
@@ -6379,7 +6377,7 @@ class Changes(PageCase):
         self.assertIn("Two.", await page.text_of_answer())
 
     async def test_continue_ends_an_edit(self) -> None:
-        """ "Continue" gives up an edit: the next message does not replace the conversation."""
+        """ "Continue" gives up an edit, and the composer has the draft again."""
         page = await self.open(sends(text("Part"), then=breaks_off))
         await page.ask()
         await page.click("Edit")
@@ -7198,12 +7196,14 @@ STRAY_STARS = [
         "<p>The <strong>price</strong> excludes tax*.</p>",
     ),
 ]
-CHINESE_EMPHASIS = [
-    Row("**重点**，*强调*。", "<p><strong>重点</strong>，<em>强调</em>。</p>"),
+EMOJI_AND_EMPHASIS = [
     Row(
         "**Done!**🎉 **Note:**👉 go",
         "<p><strong>Done!</strong>🎉 <strong>Note:</strong>👉 go</p>",
     ),
+]
+CHINESE_EMPHASIS = [
+    Row("**重点**，*强调*。", "<p><strong>重点</strong>，<em>强调</em>。</p>"),
     Row(
         "**复现：**10 轮对话，**建议：**页",
         "<p><strong>复现：</strong>10 轮对话，<strong>建议：</strong>页</p>",
@@ -7392,6 +7392,10 @@ class Markdown(PageCase):
     async def test_stray_stars(self) -> None:
         """A stray star leaves the emphasis before it alone."""
         await self.check(STRAY_STARS)
+
+    async def test_emphasis_beside_an_emoji(self) -> None:
+        """An emoji beside ** counts as a symbol, though JavaScript sees two halves of it."""
+        await self.check(EMOJI_AND_EMPHASIS)
 
     async def test_chinese_emphasis(self) -> None:
         """Beside Chinese text, which has no blanks, ** works as people mean it."""
