@@ -5047,6 +5047,15 @@ class Page:
         sent = self.devtools.events_of("Network.requestWillBeSent")
         return [request["request"]["url"] for request in sent]
 
+    async def roles_and_names(self) -> set[tuple[str, str]]:
+        """The accessible roles and names, as the browser computes them."""
+        tree = await self.devtools.call("Accessibility.getFullAXTree")
+        return {
+            (node["role"]["value"], node["name"]["value"])
+            for node in tree["nodes"]
+            if "name" in node and not node["ignored"]
+        }
+
     async def buttons(self) -> list[str]:
         """The names of all buttons that are shown."""
         names = f"({FIND_ALL})('button', null).map((button) => button.innerText)"
@@ -6323,6 +6332,14 @@ class Changes(PageCase):
         await page.wait_for_end()
         self.assertEqual(await page.message(), "draft")
 
+    async def test_edit_survives_a_reload(self) -> None:
+        """What was typed in an edit survives a reload."""
+        page = await self.conversation()
+        await page.click("Edit", index=0)
+        await page.type(", please")
+        await page.reload()
+        self.assertEqual(await page.message(), "First, please")
+
     async def test_new_chat(self) -> None:
         """ "New chat" clears the conversation."""
         page = await self.conversation()
@@ -6750,8 +6767,8 @@ class Wire(PageCase):
     async def test_plot(self) -> None:
         """A plot shows the gaps between events, with its scale in words and as its name."""
         page = await self.open_wire(text("a"), text("b"), text("c"))
-        plot = page.element("img")
-        name = await plot.read("element.ariaLabel")
+        found = await page.roles_and_names()
+        [name] = [name for role, name in found if role == "image"]
         self.assertRegex(name, r"(?i)gaps? between events: up to \d+ ms")
         panel = page.element("complementary", "Wire")
         self.assertIn(name, await panel.text())
@@ -6901,12 +6918,7 @@ class Accessibility(PageCase):
         page = await self.open(says("Hello\n\n```\ncode\n```"), model="small,large")
         await page.ask()
         await page.click("Wire")
-        tree = await page.devtools.call("Accessibility.getFullAXTree")
-        found = {
-            (node["role"]["value"], node["name"]["value"])
-            for node in tree["nodes"]
-            if "name" in node and not node["ignored"]
-        }
+        found = await page.roles_and_names()
         wanted = {
             ("textbox", "Message"),
             ("combobox", "Model"),
@@ -7494,6 +7506,17 @@ class Markdown(PageCase):
             set(await page.run(coloured)), {"comment:/* Many\n * return 1\n */"}
         )
 
+    async def test_colours_of_many_blocks(self) -> None:
+        """The browser keeps no more colours than it can paint at once; the newest are there."""
+        block = "```py\n" + "if x:\n" * 500 + "```\n\n"
+        page = await self.open(streams(*[block] * 20, "```py\nreturn\n```"))
+        await page.ask()
+        keywords = """[...CSS.highlights.get("keyword")].map((range) =>
+            range.startContainer.data.slice(range.startOffset, range.endOffset))"""
+        coloured = await page.run(keywords)
+        self.assertLess(len(coloured), 5000)
+        self.assertEqual(coloured[-1], "return")
+
     async def test_no_colours(self) -> None:
         """A browser that cannot colour ranges shows code plain."""
         page = await self.open(says("```py\nreturn 1\n```"))
@@ -7594,6 +7617,12 @@ class Streaming(PageCase):
                     f"(({OUTLINE})({json.dumps(text)}, 'x')).length"
                 )
                 self.assertGreater(length, 0)
+
+    async def test_a_paragraph_of_many_lines(self) -> None:
+        """A paragraph of 100,000 lines does not overflow the stack."""
+        page = await self.open()
+        page_text = await page.run(f"({OUTLINE})('word\\n'.repeat(100_000), 'x')")
+        self.assertEqual(page_text.count("<br>"), 100_000)
 
     async def work(self, page: Page, text: str, size: int) -> int:
         """How many blocks of the page's code run while this text comes in pieces of this size."""
