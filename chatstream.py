@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = ["aiohttp>=3.14.2,<4"]
 # ///
-"""chatstream: a streaming chat server in one file, to run, read and copy.
+"""chatstream: a streaming chat server in one file (and its page, index.html).
 
     pip install "aiohttp>=3.14.2,<4"
     python chatstream.py               # then open http://localhost:8080
@@ -54,7 +54,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 logger = logging.getLogger("chatstream")
 
 # ---- Server-sent events --------------------------------------------------------------
-# Bytes in, events out. It needs only BOM and the imports: copy it freely.
+# Bytes in, events out. It needs only BOM and `Iterator`: copy it freely.
 
 BOM = b"\xef\xbb\xbf"  # the byte order mark, in UTF-8
 
@@ -62,7 +62,8 @@ BOM = b"\xef\xbb\xbf"  # the byte order mark, in UTF-8
 class EventParser:
     """Reads server-sent events from bytes that may be split anywhere.
 
-    The format: WHATWG HTML standard, section 9.2.6.
+    Follows the WHATWG HTML standard, section 9.2.6, except where servers do not: see
+    `close` and `read_field`.
     """
 
     def __init__(self, limit: int) -> None:
@@ -76,8 +77,8 @@ class EventParser:
     def feed(self, piece: bytes) -> Iterator[tuple[bytes, bytes]]:
         """Yields the type (b"" if there is none) and the data of each complete event.
 
-        Raises OverflowError if an event exceeds the limit, after yielding the ones
-        before it.
+        A generator: it reads the piece only while you iterate. Raises OverflowError if
+        an event exceeds the limit, after yielding the ones before it.
         """
         for line in self.complete_lines(piece):
             if line:
@@ -90,17 +91,17 @@ class EventParser:
             self.data.clear()
             if data.strip():
                 yield event_type, data
-        # An incomplete line counts, too, but not its field name.
+        # An incomplete line counts towards the limit, too, but not its field name.
         if len(self.partial_line) > self.limit + len("data: "):
             raise OverflowError
 
     def close(self) -> Iterator[tuple[bytes, bytes]]:
-        """Like `feed`, at the end of the body. The last event may lack its empty line."""
+        """Like `feed`, for the end of the body. Many servers omit the last empty line."""
         # The first LF ends the last line, the second one the event.
         return self.feed(b"\n\n")
 
     def complete_lines(self, piece: bytes) -> list[bytes]:
-        """Returns the lines that this piece completes. Keeps the rest for the next one."""
+        """Returns the lines that this piece completes. Keeps an incomplete last line."""
         if not piece:
             return []
         # A CR has already ended its line. An LF after it is the second half of a CRLF.
@@ -187,11 +188,11 @@ ERROR_TYPES = {  # HTTP status: `type` of the error; for all others "invalid_req
 }
 
 
-@dataclass(eq=False)
+@dataclass(eq=False)  # an exception must stay hashable
 class Failure(Exception):
     """Why a request gets no complete answer. Fields that are not set come from ERRORS."""
 
-    code: str
+    code: str  # of ERRORS; `describe` may replace it with the upstream's own
     message: str = ""  # for the client
     cause: str = ""  # for the log
     body: bytes = b""  # what the upstream sent, for the log
@@ -230,13 +231,14 @@ class Relay:
     def __init__(self, parser: EventParser) -> None:
         self.parser = parser
         self.first_byte = b""
-        self.start = bytearray()  # of the body, for the log
+        self.body_start = bytearray()  # for the log
         self.document = bytearray()  # a body that is one JSON document, not a stream
         self.events_received = 0
         self.events_sent = 0
         self.choices: dict[str, bool] = {}  # index: it has a `finish_reason`
         self.malformed = False
         self.done = False
+        # Raised by `relay_answer`, after the events before it have been written.
         self.failure: Failure | None = None
 
     @property
@@ -246,14 +248,14 @@ class Relay:
 
     def feed(self, piece: bytes) -> bytes:
         """Returns the events to send after this piece, each as b"data: PAYLOAD\\n\\n"."""
-        if len(self.start) < 2000:
-            self.start += piece[:2000]
+        if len(self.body_start) < 2000:
+            self.body_start += piece[:2000]
         # The first byte that is not blank decides the kind of body: Content-Type is
         # often wrong.
         if not self.first_byte:
             self.first_byte = piece.lstrip(BOM + WHITE_SPACE)[:1]
         if self.first_byte == b"<":
-            self.failure = Failure("upstream_error", cause="a page", body=piece)
+            self.failure = Failure("upstream_error", cause="an HTML page", body=piece)
             return b""
         if self.first_byte in (b"{", b"["):
             self.document += piece
@@ -263,44 +265,40 @@ class Relay:
         return self.relay_events(self.parser.feed(piece))
 
     def close(self, error: Exception | None = None) -> bytes:
-        """Like `feed`, at the end of the body. `error` is what broke the connection.
+        """Like `feed`, for the end of the body. `error` is what broke the connection.
 
-        The only place that decides whether the answer is complete.
+        Decides whether an answer without [DONE] is complete.
         """
-        if self.document:
-            out = self.relay_document()
-            is_answer = bool(self.choices)
-        else:
-            out = self.relay_events(self.parser.close())
-            is_answer = False
+        out = self.relay_rest()
         if self.done:
             return out
-        # A malformed last event that lacks its empty line was cut off.
+        # The last event lacks its empty line. If it is malformed, it was cut off.
         if self.malformed:
             self.failure = truncation(error)
         elif self.failure:
             return out
-        elif self.all_finished or (is_answer and not error):
+        elif self.all_finished or (self.document and self.choices and not error):
             self.done = True
             return out + DONE
         elif error or self.events_sent:
             self.failure = truncation(error)
         elif self.events_received or self.parser.saw_unknown_field:
-            cause = "the body has no chunk"
-            body = bytes(self.start)
+            cause = "no chunk in the body"
+            body = bytes(self.body_start)
             self.failure = Failure("upstream_invalid", cause=cause, body=body)
         else:
             self.failure = Failure("empty_stream")
         return out
 
-    def relay_document(self) -> bytes:
-        """Relays a body that is one JSON document, as one event."""
-        # A CR is white space in JSON, but would end the line of an event.
-        document = self.document.strip(BOM + WHITE_SPACE).replace(b"\r", b" ")
+    def relay_rest(self) -> bytes:
+        """Relays the last event, or a body that is one JSON document."""
+        if not self.document:
+            return self.relay_events(self.parser.close())
+        document = self.document.strip(BOM + WHITE_SPACE)
         out = self.relay_events([(b"", bytes(document))])
         if self.choices:
             return out
-        # It is no answer, even if it has `usage`.
+        # Without choices, it is not an answer, even if it has `usage`.
         self.events_sent = 0
         self.malformed = self.malformed and looks_cut_off(document)
         return b""
@@ -349,8 +347,8 @@ class Relay:
         payload = self.check_chunk(chunk, data)
         if payload:
             self.events_sent += 1
-        # Inside JSON, a line end is white space.
-        return payload.replace(b"\n", b" ")
+        # A line end would end the event. In JSON, it is white space.
+        return payload.replace(b"\r", b" ").replace(b"\n", b" ")
 
     def check_chunk(self, chunk: dict[str, Any], data: bytes) -> bytes:
         choices = chunk.get("choices")
@@ -362,7 +360,7 @@ class Relay:
         for choice in choices:
             if not isinstance(choice, dict):
                 continue
-            # It may be unhashable, or long.
+            # It can be any JSON value, even one that cannot be a key.
             index = repr(choice.get("index"))[:20]
             if "message" in choice:
                 replace_message(choice, is_repetition=index in self.choices)
@@ -387,8 +385,8 @@ STREAM_HEADERS = {
     "X-Accel-Buffering": "no",
 }
 
-# What aiohttp raises if the connection to the upstream fails. RuntimeError: it had
-# failed before we read.
+# What aiohttp raises if the connection to the upstream fails. RuntimeError: it was
+# already lost when we began to read.
 UPSTREAM_ERRORS = (aiohttp.ClientError, HttpProcessingError, OSError, RuntimeError)
 
 
@@ -400,19 +398,20 @@ class Exchange:
     ) -> None:
         self.server = server
         self.request = request
-        self.transport = transport  # to the client
+        # To the client. `request.transport` is None once the client has left.
+        self.transport = transport
         self.task = asyncio.current_task()  # runs the handler
         self.id = request_id(request)
         self.started = time.monotonic()
 
-        # The answer, in the order of its life
+        # The answer
         self.response: web.StreamResponse | None = None  # None: not begun
-        self.bytes_written = 0
+        self.bytes_written = 0  # of events
         self.is_writing = False  # we wait for a slow client
-        self.is_ending = False  # all of the answer is known: nothing may be added
+        self.is_ending = False  # its end is decided: nothing may be added
         self.is_sent = False  # the kernel has taken all of it
         self.failure: Failure | None = None
-        self.client_stall = Stall()
+        self.client_stall = Stall()  # how long the client has taken nothing
 
         # For a chat completion
         self.relay: Relay | None = None
@@ -420,10 +419,11 @@ class Exchange:
         self.upstream_answer: aiohttp.ClientResponse | None = None
         self.may_be_paid = False  # the upstream may charge for this request
         self.takes_heartbeats = False
-        self.heartbeat: asyncio.Task[None] | None = None  # the last one
+        # Kept, so that the task is not garbage-collected.
+        self.heartbeat: asyncio.Task[None] | None = None
         self.first_event_seconds = 0.0  # 0: none yet
-        self.upstream_stall = Stall()
-        self.write_stall = Stall()
+        self.upstream_stall = Stall()  # how long no event has come
+        self.output_stall = Stall()  # how long we have written nothing
 
     async def begin(
         self, response: web.StreamResponse | None = None
@@ -434,7 +434,7 @@ class Exchange:
         """
         response = response or web.StreamResponse(headers=STREAM_HEADERS)
         response.headers.update(COMMON_HEADERS | {"X-Request-Id": self.id})
-        # In HTTP/1.0, only the end of the connection ends a body.
+        # A drain closes connections. In HTTP/1.0, only that ends a body.
         if self.server.draining or self.request.version < (1, 1):
             response.force_close()
         self.response = response
@@ -442,15 +442,14 @@ class Exchange:
         return response
 
     async def write(self, data: bytes) -> None:
-        """Writes events. Waits while the client is slow.
+        """Writes events. Every 64 KB, aiohttp waits until the kernel has taken them.
 
-        Meanwhile, nothing is read from the upstream, so it waits, too: back-pressure.
+        Meanwhile, nothing is read from the upstream, so it has to wait as well:
+        back-pressure.
         """
         response = self.response or await self.begin()
         self.bytes_written += len(data)
-        # `stop` must not cancel this wait.
         self.is_writing = True
-        # aiohttp waits here after each 64 KB, until the kernel has taken them.
         await response.write(data)
         self.is_writing = False
         if self.failure:
@@ -476,8 +475,8 @@ class Exchange:
         if self.failure or self.is_ending:
             return
         self.failure = failure
-        # Cancelling aiohttp's wait for a slow client would also break its next wait. So
-        # `write` raises the failure itself when its wait is over.
+        # Cancelling aiohttp's wait for a slow client would also break its next wait, in
+        # which we send this failure. So `write` raises it when its wait is over.
         if self.task and not self.is_writing:
             self.task.cancel()
 
@@ -522,7 +521,8 @@ async def relay_answer(
 ) -> None:
     """Relays each event as soon as it is complete. Raises Failure.
 
-    The status waits for the first event: an earlier failure gets its own HTTP status.
+    The status waits for the first event or heartbeat: an earlier failure gets its own
+    HTTP status.
     """
     while not relay.done:
         if relay.failure:
@@ -563,10 +563,10 @@ class UpstreamAnswer(aiohttp.ClientResponse):
 
 
 # ---- Time limits ---------------------------------------------------------------------
-# Every exchange is checked a few times a second: a timer for each read and each write
-# would cost more.
+# Every exchange is checked about once a second, or more often if a limit is short. A
+# timer for each read and each write would cost more.
 
-SECONDS_AFTER_FINISH = 5
+SECONDS_AFTER_FINISH = 5  # of silence after the last `finish_reason`
 
 
 class Stall:
@@ -577,11 +577,11 @@ class Stall:
         self.since = time.monotonic()
 
     def update(self, value: int, is_waiting: bool) -> float:
-        """Takes the value as it is now. Returns the seconds that we have waited."""
+        """Returns the seconds that we have waited. `value` is the current one."""
         now = time.monotonic()
         if value > self.value or not is_waiting:
             self.since = now
-        # The bytes taken may seem to shrink: unsent bytes include HTTP's framing.
+        # The bytes taken can shrink: the unsent ones include headers and framing.
         self.value = value
         return now - self.since
 
@@ -598,7 +598,8 @@ def enforce_limits(exchange: Exchange, settings: Settings) -> None:
     relay = exchange.relay
     if not relay or exchange.is_ending:
         return
-    # Until the client has taken everything, the upstream is not to blame.
+    # Until the client has taken everything, the upstream is not to blame. For an answer
+    # that is not streamed, no events are counted: it must arrive within the limit.
     waits_for_upstream = exchange.body_received and not unsent
     silent = exchange.upstream_stall.update(relay.events_received, waits_for_upstream)
     if silent >= settings.idle_seconds and not relay.all_finished:
@@ -607,19 +608,18 @@ def enforce_limits(exchange: Exchange, settings: Settings) -> None:
     upstream = exchange.upstream_answer
     if not upstream or not waits_for_upstream:
         return
-    # Closing the upstream ends the read in `relay_answer`. aiohttp does not always report
-    # a lost connection there.
-    if upstream.connection and upstream.connection.closed:
-        upstream.close()
+    # After broken chunked encoding, aiohttp loses the connection, but goes on waiting.
+    is_lost = upstream.connection and upstream.connection.closed
     # Some upstreams leave the connection open after their last event.
-    if relay.all_finished and silent >= SECONDS_AFTER_FINISH:
-        upstream.close()
+    is_over = relay.all_finished and silent >= SECONDS_AFTER_FINISH
+    if is_lost or is_over:
+        upstream.close()  # ends the read in `relay_answer`
 
 
 def needs_heartbeat(exchange: Exchange, settings: Settings) -> bool:
-    is_waiting = exchange.body_received and not unsent_bytes(exchange.transport)
-    quiet = exchange.write_stall.update(exchange.bytes_written, is_waiting)
-    return quiet >= settings.heartbeat_seconds and exchange.takes_heartbeats
+    is_waiting = exchange.takes_heartbeats and not unsent_bytes(exchange.transport)
+    quiet = exchange.output_stall.update(exchange.bytes_written, is_waiting)
+    return quiet >= settings.heartbeat_seconds
 
 
 async def send_heartbeat(exchange: Exchange) -> None:
@@ -664,7 +664,7 @@ async def watch(server: Chatstream) -> None:
 
 
 async def handle(server: Chatstream, request: web.BaseRequest) -> web.StreamResponse:
-    """Called by aiohttp for each request. Every request also ends here."""
+    """Called by aiohttp for each request. Each one begins and ends here."""
     if not request.transport:
         return web.Response()  # the client has already left
     exchange = Exchange(server, request, request.transport)
@@ -723,8 +723,8 @@ def limit_unsent_bytes(transport: asyncio.Transport) -> None:
     """Keeps the send buffers of asyncio and the kernel small."""
     if transport.is_closing():
         return
-    # With this limit, `write_eof` waits until all is sent. With 0, asyncio's TLS transport
-    # would pause while its buffer is empty, and never resume.
+    # With this limit, a wait ends only when the buffer is empty, so `write_eof` returns
+    # when all is sent. With 0, asyncio's TLS transport would wait on an empty buffer.
     transport.set_write_buffer_limits(high=1)
     # Otherwise, the kernel takes data in such large steps that a slow client looks dead.
     connection = transport.get_extra_info("socket")
@@ -755,7 +755,7 @@ async def listen(
         keepalive_timeout=60,
         access_log=None,
     )
-    # `drain` has already waited. This limit is for the demo.
+    # `drain` has already waited for our streams. This limit is for the demo's.
     runner = web.ServerRunner(server, shutdown_timeout=0.2)
     await runner.setup()
     site = web.TCPSite(runner, host, port, ssl_context=tls, reuse_port=reuse_port)
@@ -764,7 +764,7 @@ async def listen(
 
 
 # ---- The request ---------------------------------------------------------------------
-# Unknown parameters are passed on: OpenAI may add some next year.
+# Unknown parameters are passed on: OpenAI keeps adding new ones.
 
 
 def request_id(request: web.BaseRequest) -> str:
@@ -775,7 +775,7 @@ def request_id(request: web.BaseRequest) -> str:
 
 
 async def read_body(reader: aiohttp.StreamReader, limit: int) -> bytes:
-    """Reads a body to the end, but stops once it exceeds the limit: check its length."""
+    """Reads a body. May return more than the limit: then it stopped, and was too long."""
     body = bytearray()
     while len(body) <= limit:
         piece = await reader.readany()
@@ -815,25 +815,25 @@ def check_request(
     Raises Failure.
     """
     try:
-        completion = decode_json(body)
+        parameters = decode_json(body)
     except ValueError:
         raise Failure("invalid_json") from None
-    if not isinstance(completion, dict):
+    if not isinstance(parameters, dict):
         raise Failure("invalid_request")
-    if not is_list_of_objects(completion.get("messages")):
+    if not is_list_of_objects(parameters.get("messages")):
         raise Failure("invalid_messages")
     for name in ("stream", "model"):
-        if completion.get(name) is None:  # null counts as absent
-            completion.pop(name, None)
-    completion.setdefault("model", models[0])
+        if parameters.get(name) is None:  # null counts as absent
+            parameters.pop(name, None)
+    parameters.setdefault("model", models[0])
     if always_stream:
-        completion.setdefault("stream", True)
-    stream = completion.get("stream", False)
+        parameters.setdefault("stream", True)
+    stream = parameters.get("stream", False)
     if not isinstance(stream, bool):
         raise Failure("invalid_request", "`stream` must be true or false.")
     if always_stream and not stream:
         raise Failure("stream_required")
-    model = completion["model"]
+    model = parameters["model"]
     if not isinstance(model, str) or model == "*":
         message = "`model` is required; GET /v1/models lists them."
         raise Failure("invalid_request", message)
@@ -841,7 +841,7 @@ def check_request(
         raise Failure("model_not_found")
     try:
         # Encoding it again drops duplicate keys: none slips past this check.
-        return encode_json(completion), stream
+        return encode_json(parameters), stream
     except ValueError:
         raise Failure("invalid_json") from None
 
@@ -893,10 +893,7 @@ def open_session(settings: Settings, proxy: str | None) -> aiohttp.ClientSession
 
 
 def upstream_headers(exchange: Exchange) -> dict[str, str]:
-    """Sent with each request.
-
-    Headers of the session would also go to a proxy, and the key with them.
-    """
+    """Set for each request: the session's headers, and so the key, also go to a proxy."""
     headers = {
         "Content-Type": "application/json",
         # Some servers require both.
@@ -956,7 +953,7 @@ def connection_failure(error: Exception) -> Failure:
     elif type(error) is aiohttp.ClientResponseError:
         code = "upstream_invalid"
     reason = str(error)
-    # The text of such an error has the proxy's URL, with the password.
+    # The text of such an error contains the proxy's URL, with its password.
     if isinstance(error, aiohttp.ClientResponseError):
         reason = f"{error.status} {error.message}"
     return Failure(code, cause=f"{type(error).__name__}: {reason}")
@@ -968,13 +965,13 @@ async def status_failure(answer: aiohttp.ClientResponse) -> Failure:
     if status < 300:
         return Failure("upstream_invalid", cause="a compressed answer")
     body = b""
-    # The body has the reason, but is not worth a long wait.
+    # The body gives the reason, but is not worth a long wait.
     with suppress(TimeoutError, *UPSTREAM_ERRORS):
         async with asyncio.timeout(2):
             body = await read_body(answer.content, 2**16)
     if status == 401:
         return Failure("upstream_auth", cause="is OPENAI_API_KEY right?", body=body)
-    if status == 407:  # a proxy's
+    if status == 407:  # from a proxy
         return Failure("upstream_unreachable", body=body)
     if not 400 <= status < 500:
         return Failure("upstream_error", body=body)
@@ -1011,7 +1008,7 @@ async def read_document(
 
 
 # ---- The upstreams' dialects ---------------------------------------------------------
-# Where they differ from OpenAI: errors with a good status, whole messages, and so on.
+# Where they differ from OpenAI: errors with a 2xx status, whole messages, and so on.
 
 
 def refuse_constant(name: str) -> None:
@@ -1054,7 +1051,7 @@ def replace_message(choice: dict[str, Any], is_repetition: bool) -> None:
 
 
 def looks_cut_off(document: bytes | bytearray) -> bool:
-    """Guesses whether this JSON document lacks its end."""
+    """Guesses whether this JSON document is cut off."""
     if not document.startswith((b"{", b"[")):
         return False
     has_end = document.endswith((b"}", b"]"))
@@ -1089,7 +1086,7 @@ def error_in(document: object) -> object:
 
 
 def error_in_stream(data: bytes) -> Failure:
-    """An error that the upstream reported after a good status."""
+    """An error that the upstream reported after a 2xx status."""
     return describe(Failure("upstream_error", body=data))
 
 
@@ -1157,7 +1154,9 @@ def route(server: Chatstream, request: web.BaseRequest) -> Handler:
         raise Failure("server_draining")
     if is_post and not is_plain_json(request):
         raise Failure("unsupported_media_type")
-    if is_guarded and path != "/" and not has_token(request, server.settings.token):
+    # The page loads without the token, and asks for it.
+    needs_token = is_guarded and path != "/"
+    if needs_token and not has_token(request, server.settings.token):
         raise Failure("invalid_token", headers={"WWW-Authenticate": "Bearer"})
     return handler
 
@@ -1208,7 +1207,7 @@ class Chatstream:
         self.upstream_url = settings.base_url or OPENAI_URL
         self.proxy = environment_proxy(self.upstream_url)
         proxy_password = unquote(urlsplit(self.proxy or "").password or "")
-        # Shorter keys are not masked: they could occur in any message.
+        # Keys of up to 8 characters are not masked: they could occur in any message.
         keys = (settings.api_key, settings.token, proxy_password)
         self.secrets = [key for key in keys if len(key) > 8]
         self.hosts = set(settings.allowed_hosts)
@@ -1232,7 +1231,7 @@ class Chatstream:
             self.runner = await listen(
                 handler, settings.host, settings.port, tls, settings.reuse_port or None
             )
-        # ValueError: Windows cannot share a port.
+        # ValueError: on Windows, a port cannot be shared.
         except (OSError, ValueError) as error:
             message = f"cannot listen on CHATSTREAM_HOST={settings.host}: {error}"
             if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
@@ -1253,7 +1252,7 @@ class Chatstream:
 
     async def drain(self) -> None:
         """Shuts down without cutting off an answer, if the drain time allows it."""
-        # 1. Take no new connections and no new requests.
+        # 1. Take no new connections, and answer new requests with 503.
         self.draining = True
         for site in self.runner.sites:
             await site.stop()
@@ -1427,7 +1426,7 @@ def count_and_log(exchange: Exchange) -> None:
         logger.info(
             f"id={exchange.id} outcome={outcome} status={status} events={events} "
             f"first={exchange.first_event_seconds:.3f}s total={total_seconds:.3f}s "
-            # On one line, with control characters escaped.
+            # `repr` keeps it on one line and escapes control characters.
             f"cause={cause!r}"
         )
 
@@ -1443,12 +1442,12 @@ def cause_of(exchange: Exchange, failure: Failure) -> str:
     cause = redact(cause)
     if failure.body:
         body = failure.body[:2000].decode(errors="backslashreplace")
-        # Masked before it is cut: half a key would no longer be recognised.
+        # Masked before the last cut: half a key would no longer be recognised.
         cause += f": {redact(body)[:300]}"
     return cause
 
 
-# The last two names, and their buckets, are OpenTelemetry's.
+# These two names and their buckets are OpenTelemetry's.
 FIRST_CHUNK = "gen_ai_client_operation_time_to_first_chunk_seconds"
 DURATION = "gen_ai_client_operation_duration_seconds"
 
@@ -1497,6 +1496,7 @@ CHAT_PATHS = ("/stream", "/v1/chat/completions")
 OPEN_PATHS = ("/healthz", "/readyz", "/metrics")  # `route` guards all others
 
 Handler = Callable[[Exchange], Awaitable[web.StreamResponse]]
+# A handler sends its answer with `Exchange.finish`.
 ROUTES: dict[str, tuple[tuple[str, ...], Handler]] = {
     "/": (("GET", "HEAD"), show_page),
     "/stream": (("POST",), chat),
@@ -1520,7 +1520,7 @@ class BadSetting(Exception):
 class Settings:
     api_key: str
     base_url: str
-    model: tuple[str, ...]
+    model: tuple[str, ...]  # the allowed ones; the first is the default
     host: str
     port: int
     token: str
@@ -1556,7 +1556,7 @@ def read_settings(environ: Mapping[str, str], arguments: list[str]) -> Settings:
         setattr(values, field_name(variable), secret)
     if not values.token and not is_loopback(values.host):
         host = f"CHATSTREAM_HOST={values.host}"
-        parser.error(f"{host} is open to others: set CHATSTREAM_TOKEN")
+        parser.error(f"{host} accepts other machines: set CHATSTREAM_TOKEN")
     if bool(values.tls_cert) != bool(values.tls_key):
         parser.error("CHATSTREAM_TLS_CERT and CHATSTREAM_TLS_KEY: set both or neither")
     return Settings(**vars(values))
@@ -1676,7 +1676,7 @@ def is_base_url(url: str) -> bool:
         if ":" in host:
             ipaddress.IPv6Address(host)
         else:
-            host.encode("idna")  # refuses a label of 64 letters
+            host.encode("idna")  # refuses a label of more than 63 letters
         if parts.port == 0:
             return False
     except ValueError:
@@ -1729,7 +1729,7 @@ def load_certificate(settings: Settings) -> ssl.SSLContext:
 def streams_for_files(wanted: int) -> int:
     """Raises the limit on open files. Returns how many streams it allows.
 
-    A stream takes two files.
+    A stream takes two: the connections to its client and its upstream.
     """
     try:
         import resource  # noqa: PLC0415
@@ -1754,8 +1754,8 @@ def streams_for_files(wanted: int) -> int:
 
 
 # ---- The demo ------------------------------------------------------------------------
-# Our own upstream, for starting without a key. Its models show what goes wrong in
-# practice.
+# A built-in upstream, to try the server without a key. Its models show what goes wrong
+# in practice.
 
 DEMO_MODELS = (
     "demo",
@@ -1895,7 +1895,7 @@ async def serve(settings: Settings) -> None:
         announce("  to stop:  Ctrl+C")
         await stopping.wait()
     # A normal exit would wait for pending DNS lookups, and a broken stdout would change
-    # its status.
+    # the exit status.
     os._exit(0)
 
 
