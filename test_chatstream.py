@@ -2700,7 +2700,7 @@ class TimeLimits(ServerCase):
         """Once the upstream's error status is here, its body is awaited for two seconds at most,
         and no heartbeat commits 200 meanwhile."""
         head = b"HTTP/1.1 429 X\r\nRetry-After: 7\r\nContent-Length: 9\r\n\r\n{"
-        answer = await self.answer_to(sends_raw(head), heartbeat_seconds=0.1)
+        answer = await self.answer_to(sends_raw(head), heartbeat_seconds=1.5)
         self.assert_error(answer, 429, "upstream_rejected")
         self.assert_headers(answer, {"Retry-After": "7"})
 
