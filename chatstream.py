@@ -495,12 +495,7 @@ async def chat(exchange: Exchange) -> web.StreamResponse:
     server.streams.add(exchange)
     relay = Relay(EventParser(settings.max_event_bytes))
     exchange.relay = relay
-    body = await read_request(exchange, settings)
-    exchange.body_received = True
-    always_stream = exchange.request.path == "/stream"
-    checked_body, is_stream = check_request(body, settings.model, always_stream)
-    exchange.takes_heartbeats = is_stream
-    answer = await open_upstream(exchange, "/chat/completions", checked_body)
+    answer, is_stream = await forward_request(exchange, settings)
     # The key line: however this block ends, the connection to the upstream is aborted,
     # unless the answer has been read to the end. Unread tokens cost money.
     with closing(answer):
@@ -514,6 +509,22 @@ async def chat(exchange: Exchange) -> web.StreamResponse:
         response = await exchange.finish()
         await read_end(answer)
         return response
+
+
+async def forward_request(
+    exchange: Exchange, settings: Settings
+) -> tuple[aiohttp.ClientResponse, bool]:
+    """Returns the upstream's answer, and whether it should be a stream. Raises Failure.
+
+    A function of its own, so that the request is not kept while the answer runs.
+    """
+    body = await read_request(exchange, settings)
+    exchange.body_received = True
+    always_stream = exchange.request.path == "/stream"
+    checked_body, is_stream = check_request(body, settings.model, always_stream)
+    exchange.takes_heartbeats = is_stream
+    answer = await open_upstream(exchange, "/chat/completions", checked_body)
+    return answer, is_stream
 
 
 async def relay_answer(
@@ -556,10 +567,13 @@ class UpstreamAnswer(aiohttp.ClientResponse):
     """
 
     def close(self) -> None:
+        self.abort_connection()
+        super().close()
+
+    def abort_connection(self) -> None:
         # Without a connection, the answer has been read to its end.
         if self.connection and self.connection.transport:
             self.connection.transport.abort()
-        super().close()
 
 
 # ---- Time limits ---------------------------------------------------------------------
@@ -609,11 +623,14 @@ def enforce_limits(exchange: Exchange, settings: Settings) -> None:
     if not upstream or not waits_for_upstream:
         return
     # After broken chunked encoding, aiohttp loses the connection, but goes on waiting.
-    is_lost = upstream.connection and upstream.connection.closed
+    if upstream.connection and upstream.connection.closed:
+        if relay.all_finished:
+            upstream.close()  # ends the read in `relay_answer`
+        else:
+            exchange.stop(truncation(None))
     # Some upstreams leave the connection open after their last event.
-    is_over = relay.all_finished and silent >= SECONDS_AFTER_FINISH
-    if is_lost or is_over:
-        upstream.close()  # ends the read in `relay_answer`
+    elif relay.all_finished and silent >= SECONDS_AFTER_FINISH:
+        upstream.abort_connection()  # ends the read, too
 
 
 def needs_heartbeat(exchange: Exchange, settings: Settings) -> bool:
@@ -647,17 +664,21 @@ async def watch(server: Chatstream) -> None:
     )
     while True:
         await asyncio.sleep(max(0.01, min(1.0, shortest_limit / 10)))
-        for exchange in list(server.exchanges):
-            try:
-                enforce_limits(exchange, settings)
-                if needs_heartbeat(exchange, settings):
-                    # A task of its own: its wait for a slow client must not hold up
-                    # the other exchanges.
-                    exchange.heartbeat = asyncio.create_task(send_heartbeat(exchange))
-            # A bug in one exchange must not stop the checks of the others.
-            except Exception as error:
-                logger.exception("a bug in chatstream")
-                exchange.stop(Failure("internal_error", cause=repr(error)))
+        check_exchanges(server)
+
+
+def check_exchanges(server: Chatstream) -> None:
+    for exchange in list(server.exchanges):
+        try:
+            enforce_limits(exchange, server.settings)
+            if needs_heartbeat(exchange, server.settings):
+                # A task of its own: its wait for a slow client must not hold up the
+                # other exchanges.
+                exchange.heartbeat = asyncio.create_task(send_heartbeat(exchange))
+        # A bug in one exchange must not stop the checks of the others.
+        except Exception as error:
+            logger.exception("a bug in chatstream")
+            exchange.stop(Failure("internal_error", cause=repr(error)))
 
 
 # ---- The entry point -----------------------------------------------------------------
@@ -885,8 +906,9 @@ def open_session(settings: Settings, proxy: str | None) -> aiohttp.ClientSession
         response_class=UpstreamAnswer,
         # Inflating 29 KB of gzip can block the loop for 20 s.
         auto_decompress=False,
-        # Bytes buffered per stream while its client is slow.
-        read_bufsize=2**13,
+        # Bytes buffered per stream while its client is slow. Over TLS, the rest is lost
+        # if the upstream closes the connection meanwhile.
+        read_bufsize=2**17,
         max_field_size=2**16,
         max_line_size=2**16,
     )
@@ -932,8 +954,9 @@ async def open_upstream(
             exchange.may_be_paid = False
         raise connection_failure(error) from None
     exchange.upstream_answer = answer
-    encoding = answer.headers.get("Content-Encoding", "identity")
-    if 200 <= answer.status < 300 and encoding == "identity":
+    encoding = answer.headers.get("Content-Encoding", "").strip().lower()
+    is_plain = encoding in ("", "identity", "none")
+    if 200 <= answer.status < 300 and is_plain:
         return answer
     # A heartbeat must no longer send a 200.
     exchange.takes_heartbeats = False
@@ -955,7 +978,9 @@ def connection_failure(error: Exception) -> Failure:
     reason = str(error)
     # The text of such an error contains the proxy's URL, with its password.
     if isinstance(error, aiohttp.ClientResponseError):
-        reason = f"{error.status} {error.message}"
+        # Further lines quote what was received.
+        first_line = error.message.partition("\n")[0]
+        reason = f"{error.status} {first_line}"
     return Failure(code, cause=f"{type(error).__name__}: {reason}")
 
 
@@ -1268,8 +1293,10 @@ class Chatstream:
         for exchange in self.exchanges:
             exchange.stop(Failure("server_draining", outcome="drained"))
         await self.wait_for_exchanges(1)
-        # 4. Abort any that are still left.
+        # 4. Abort any that are still left: their clients take the end too slowly.
         for exchange in self.exchanges:
+            drained = Failure("server_draining", outcome="drained")
+            exchange.failure = exchange.failure or drained
             exchange.transport.abort()
         await self.runner.cleanup()
         await self.session.close()
@@ -1651,7 +1678,9 @@ def host_names(text: str) -> tuple[str, ...]:
     if not text:
         return ()
     for name in names(text):
-        if not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[\w.-]+)(:[0-9]{1,5})?", name):
+        if not re.fullmatch(
+            r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9_.-]+)(:[0-9]{1,5})?", name
+        ):
             raise ValueError
     return names(text.lower())
 
@@ -1662,7 +1691,7 @@ def base_url(text: str) -> str:
     shown = "a URL with a user" if "@" in url else repr(url)  # it may have a password
     if url.endswith("/chat/completions"):
         raise argparse.ArgumentTypeError(f"{shown}: leave out /chat/completions")
-    if url and not is_base_url(url):
+    if text and not is_base_url(url):
         form = "http://localhost:11434/v1, without user, query or fragment"
         raise argparse.ArgumentTypeError(f"{shown} must be like {form}")
     return url
@@ -1741,9 +1770,9 @@ def streams_for_files(wanted: int) -> int:
         return wanted
     # macOS reports no hard limit, but refuses to raise the limit that far.
     raised = needed if hard_limit == resource.RLIM_INFINITY else hard_limit
-    with suppress(ValueError, OSError):
+    with suppress(ValueError, OSError, OverflowError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard_limit))
-        limit = raised
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit >= needed:
         return wanted
     allowed = max(1, (limit - 64) // 2)

@@ -52,12 +52,13 @@ from contextlib import (
 from dataclasses import dataclass
 from email.utils import formatdate
 from pathlib import Path
+from types import FrameType
 from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
 
-from chatstream import Chatstream, EventParser, Relay, read_settings
+from chatstream import Chatstream, EventParser, Exchange, Relay, read_settings
 
 HERE = Path(__file__).parent
 # A wait longer than this many seconds means that what we wait for does not happen.
@@ -1686,6 +1687,14 @@ class HonestStatus(ServerCase):
         answer = await self.answer_to(script)
         self.assert_error(answer, 502, "upstream_invalid")
 
+    async def test_an_answer_that_is_not_compressed(self) -> None:
+        """An answer that says in some other way that it is not compressed is relayed."""
+        for encoding in ("identity", "Identity", "none", ""):
+            with self.subTest(encoding):
+                headers = {"Content-Encoding": encoding}
+                script = sends(SAID, FINISH, DONE, headers=headers)
+                self.assertTrue((await self.answer_to(script)).is_complete)
+
 
 class BrokenConnections(ServerCase):
     """A connection that breaks is told as such, and is no fault of ours."""
@@ -2622,6 +2631,11 @@ def pings(ping: bytes, *, then: Script, seconds: float = 60) -> Script:
     return script
 
 
+def exchanges_in_memory() -> int:
+    gc.collect()
+    return sum(isinstance(each, Exchange) for each in gc.get_objects())
+
+
 class TimeLimits(ServerCase):
     """Limits apply to silence, not to length."""
 
@@ -2671,6 +2685,12 @@ class TimeLimits(ServerCase):
             self.answer_to(silent), self.answer_to(commenting)
         ):
             self.assertTrue(answer.is_complete)
+
+    async def test_nothing_stays_after_five_seconds_of_silence(self) -> None:
+        """Such an answer leaves nothing in memory, least of all its client's headers."""
+        async with serving(sends(SAID, FINISH, then=hangs)) as server:
+            await asyncio.gather(*[self.ask(server.url) for _ in range(3)])
+            await eventually(lambda: not exchanges_in_memory())
 
     async def test_a_short_idle_limit_after_the_last_word(self) -> None:
         """An idle limit of less than five seconds does not fail a complete answer."""
@@ -2803,6 +2823,16 @@ def broken_write_buffer(client: Connection) -> Iterator[None]:
         transport_class.get_write_buffer_size = original
 
 
+def frames_of_tasks() -> Iterator[FrameType]:
+    """The frames of all coroutines that wait."""
+    for task in asyncio.all_tasks():
+        coroutine: Any = task.get_coro()
+        while coroutine is not None and hasattr(coroutine, "cr_frame"):
+            if coroutine.cr_frame:
+                yield coroutine.cr_frame
+            coroutine = coroutine.cr_await
+
+
 class BackPressure(ServerCase):
     """A client that reads slowly slows its upstream."""
 
@@ -2820,6 +2850,40 @@ class BackPressure(ServerCase):
                     sent = call.bytes_sent
                     await asyncio.sleep(0.5)
             self.assertLess(sent, 20_000_000)
+
+    async def test_the_request_is_not_kept(self) -> None:
+        """While an answer runs, its request is not kept in memory."""
+        size = 900_000
+        body: Json = {"messages": [{"role": "user", "content": "x" * size}]}
+        script = sends(SAID, then=hangs)
+        async with serving(script) as server, connected(server.url) as client:
+            client.send(http_request(body))
+            await client.read_until(SAID)
+            call = await server.upstream.next_call()
+            call.body = b""
+            gc.collect()
+            kept = [
+                value
+                for frame in frames_of_tasks()
+                for value in frame.f_locals.values()
+                if isinstance(value, bytes) and len(value) >= size
+            ]
+            self.assertEqual(len(kept), 0)
+
+    async def test_a_slow_client_of_a_tls_upstream(self) -> None:
+        """Over TLS, an upstream that closes early costs a slow client nothing."""
+        body = b"".join(text("x" * 900) for _ in range(150)) + FINISH + DONE
+        script = sends(body, headers={"Connection": "close"})
+        with certificate() as own:
+            async with (
+                scripted_upstream(script, own.upstream_tls) as upstream,
+                running_program(OPENAI_BASE_URL=upstream.url, **own.trusted) as program,
+                connected(program.url, receive_buffer=4096) as client,
+            ):
+                client.send(http_request(HELLO, headers={"Connection": "close"}))
+                call = await upstream.next_call()
+                await within_patience(call.gone.wait())
+                self.assertIn(b"[DONE]", await client.read_to_end())
 
     async def test_a_stalled_client(self) -> None:
         """A client that takes nothing for the write limit is gone, and so is its upstream."""
@@ -3809,6 +3873,15 @@ class Log(ServerCase):
             await self.line_for(streams("PRIVATE", " ANSWER"), body)
             self.assertNotIn("PRIVATE", "\n".join(self.log.lines))
 
+    async def test_no_word_of_a_broken_answer(self) -> None:
+        """Nor does the log quote an answer whose framing is broken."""
+        head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+        private = text("PRIVATE ANSWER")
+        framed = b"%x\r\n%bnonsense" % (len(private), private)
+        line = await self.line_for(sends_raw(head + framed), HELLO | {"stream": True})
+        self.assertIn("upstream", line)
+        self.assertNotIn("PRIVATE", line)
+
     async def test_a_rejection(self) -> None:
         """What we refused has its line, too."""
         line = await self.line_for(SAYS_HI, b"{")
@@ -3919,6 +3992,7 @@ REFUSED = [
     Refused("CHATSTREAM_DRAIN_SECONDS", "-1"),
     Refused("CHATSTREAM_REUSE_PORT", "maybe"),
     Refused("OPENAI_MODEL", ","),
+    Refused("OPENAI_BASE_URL", "/"),
     Refused("OPENAI_BASE_URL", "ftp://x/v1"),
     Refused("OPENAI_BASE_URL", "localhost:8000"),
     Refused("OPENAI_BASE_URL", "http://x:99999/v1"),
@@ -3929,6 +4003,8 @@ REFUSED = [
     Refused("CHATSTREAM_ALLOWED_HOSTS", "https://chat.example.org"),
     Refused("CHATSTREAM_ALLOWED_HOSTS", "*"),
     Refused("CHATSTREAM_ALLOWED_HOSTS", "a.example/x"),
+    # Browsers send such a name in another form: xn--…
+    Refused("CHATSTREAM_ALLOWED_HOSTS", "münchen.example"),
 ]
 
 
@@ -4476,7 +4552,17 @@ class Drain(ServerCase):
                     self.assertNotIn(b"server_draining", await client.read_to_end())
             exited = await program.exit()
         self.assertEqual(exited.status, 0)
-        self.assertNotIn("outcome=drained", exited.stderr)
+
+    async def test_a_tail_that_the_drain_cuts(self) -> None:
+        """A client that has not taken its tail by then counts as drained, not as gone."""
+        script = sends(text("x" * 900_000) + FINISH + DONE)
+        async with self.program(script, drain_seconds=0.2) as program:
+            async with connected(program.url, receive_buffer=4096) as client:
+                client.send(http_request(HELLO))
+                await client.read_until(b"200 OK")
+                program.signal(signal.SIGTERM)
+                exited = await program.exit()
+        self.assertIn("outcome=drained", exited.stderr)
 
     async def test_a_second_signal(self) -> None:
         """A second signal ends it at once, with status 1; the log is not lost."""
@@ -4827,10 +4913,14 @@ def devtools_url() -> str:
         "about:blank",
     ]
     process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     unittest.addModuleCleanup(process.wait, PATIENCE)
-    unittest.addModuleCleanup(process.terminate)
+    # The whole group: the command may be a shell script, and Chromium its child.
+    unittest.addModuleCleanup(os.killpg, process.pid, signal.SIGTERM)
     port_file = Path(profile.name, "DevToolsActivePort")
     deadline = time.monotonic() + 3 * PATIENCE
     # The file is complete once its second line, a path, is there.
@@ -5443,6 +5533,13 @@ class Looks(PageCase):
         self.assertEqual(await page.call_function(side, "p"), "right")
         self.assertEqual(await page.call_function(side, "pre"), "left")
 
+    async def test_direction_of_a_list(self) -> None:
+        """The bullets of an Arabic list stand at its right."""
+        page = await self.open(says("- مرحبا\n- بالعالم"))
+        await page.ask()
+        direction = "getComputedStyle(document.querySelector('article ul')).direction"
+        self.assertEqual(await page.run(direction), "rtl")
+
 
 # -- The composer
 
@@ -5623,6 +5720,25 @@ class Conversation(PageCase):
         await page.ask("Two")
         await page.wait_for_text("Hello.")
         self.assertEqual(self.calls[-1].json["model"], "late")
+
+    async def test_models_stay(self) -> None:
+        """A list of models that fails later takes nothing away."""
+        models = responds(200, {"data": [{"id": "small"}, {"id": "large"}]})
+
+        async def script(call: Call) -> None:
+            is_model_list = call.request_line.startswith("GET")
+            await (models if is_model_list else says("Hello."))(call)
+
+        page = await self.open(script, model="*")
+        picker = await page.find("combobox", "Model")
+        await page.wait_until(f"{picker.code}.options.length === 2")
+        await picker.read("element.value = 'large'")
+        models = responds(503, b"not ready")
+        count = len(self.upstream.calls)
+        await page.run("location.hash = '#token=new'")
+        await eventually(lambda: len(self.upstream.calls) > count)
+        await page.ask()
+        self.assertEqual(self.calls[-1].json["model"], "large")
 
     async def test_title(self) -> None:
         """The tab's title begins with the first message."""
@@ -5810,6 +5926,21 @@ class Endings(PageCase):
         await page.wait_for_end()
         self.assertEqual(self.texts_sent(), ["Hello", "Part"])
 
+    async def test_continue_after_blanks(self) -> None:
+        """A continuation that begins with the blanks that were not sent does not double them."""
+        page = await self.end_of(says("- one\n", "length"))
+        self.answer_by(sends(text("\n"), text("- two"), FINISH, DONE))
+        await page.click("Continue")
+        await page.wait_for_text("two")
+        await page.wait_for_end()
+        items = "document.querySelectorAll('article ul').length"
+        self.assertEqual(await page.run(items), 1)
+        await page.click("Copy")
+        await page.find("button", "Copied")
+        await page.focus("textbox", "Message")
+        await page.paste()
+        self.assertEqual(await page.message(), "- one\n- two")
+
     async def test_broken(self) -> None:
         """A broken answer keeps its part, and offers "Retry" and "Continue"."""
         page = await self.end_of(BREAKS)
@@ -5973,6 +6104,12 @@ class RetryAfter(PageCase):
         self.assertRegex(await page.text_of_answer(), r"\b(9\d\d|1000) s")
         self.assertFalse(await self.is_enabled(page))
 
+    async def test_no_end_of_time(self) -> None:
+        """A Retry-After that is infinite holds nobody up."""
+        page = await self.open(self.too_many("1e400"))
+        await page.ask()
+        self.assertTrue(await self.is_enabled(page))
+
     async def test_neither(self) -> None:
         """A Retry-After that is neither holds nobody up."""
         page = await self.open(self.too_many("soon"))
@@ -6006,6 +6143,35 @@ class Stop(PageCase):
         await page.click("Stop")
         button = await page.find("button", "Send")
         await button.click(count=2)
+        self.assertEqual(await page.message(), "half a draft")
+        self.assertEqual(len(self.calls), 1)
+
+    async def test_double_click_on_send(self) -> None:
+        """The second click of a double click on "Send" does not stop the answer."""
+        page = await self.open(STALLS)
+        await page.focus("textbox", "Message")
+        await page.type("Hello")
+        await page.click("Send")
+        button = await page.find("button", "Stop")
+        await button.click(count=2)
+        await page.wait_for_text("Once")
+        self.assertTrue(await page.has("button", "Stop"))
+
+    async def test_click_as_the_answer_ends(self) -> None:
+        """A click on "Stop" just after the answer's end does not send the draft."""
+        steps = Steps(text("Once"), text(" more") + FINISH + DONE)
+        page = await self.begin(steps)
+        await page.type("half a draft")
+        # Clicks as soon as the button says "Send" again.
+        await page.run(
+            """{
+                const send = [...document.querySelectorAll("button")]
+                    .find((button) => button.innerText === "Stop");
+                new MutationObserver(() => send.click()).observe(send, { childList: true });
+            }"""
+        )
+        steps.next()
+        await page.wait_for_end()
         self.assertEqual(await page.message(), "half a draft")
         self.assertEqual(len(self.calls), 1)
 
@@ -6333,12 +6499,21 @@ class Changes(PageCase):
         self.assertEqual(await page.message(), "draft")
 
     async def test_edit_survives_a_reload(self) -> None:
-        """What was typed in an edit survives a reload."""
+        """What was typed in an edit survives a reload, and so does the draft."""
         page = await self.conversation()
+        await page.type("draft")
         await page.click("Edit", index=0)
         await page.type(", please")
         await page.reload()
-        self.assertEqual(await page.message(), "First, please")
+        self.assertEqual(await page.message(), "First, please\n\ndraft")
+
+    async def test_edit_twice(self) -> None:
+        """A second "Edit" gives up the edit, for phones that have no Escape key."""
+        page = await self.conversation()
+        await page.type("draft")
+        await page.click("Edit", index=0)
+        await page.click("Edit", index=0)
+        self.assertEqual(await page.message(), "draft")
 
     async def test_new_chat(self) -> None:
         """ "New chat" clears the conversation."""
