@@ -567,13 +567,14 @@ class UpstreamAnswer(aiohttp.ClientResponse):
     """
 
     def close(self) -> None:
-        self.abort_connection()
+        abort_connection(self)
         super().close()
 
-    def abort_connection(self) -> None:
-        # Without a connection, the answer has been read to its end.
-        if self.connection and self.connection.transport:
-            self.connection.transport.abort()
+
+def abort_connection(answer: aiohttp.ClientResponse) -> None:
+    # Without a connection, the answer has been read to its end.
+    if answer.connection and answer.connection.transport:
+        answer.connection.transport.abort()
 
 
 # ---- Time limits ---------------------------------------------------------------------
@@ -630,7 +631,9 @@ def enforce_limits(exchange: Exchange, settings: Settings) -> None:
             exchange.stop(truncation(None))
     # Some upstreams leave the connection open after their last event.
     elif relay.all_finished and silent >= SECONDS_AFTER_FINISH:
-        upstream.abort_connection()  # ends the read, too
+        # Ends the read, too. `close` would let it raise an exception that aiohttp shares
+        # between all answers, and whose traceback would keep this one in memory.
+        abort_connection(upstream)
 
 
 def needs_heartbeat(exchange: Exchange, settings: Settings) -> bool:
