@@ -7930,9 +7930,14 @@ class ServerSentEvents(PageCase):
             return await self.script_seconds(page) - before
 
         await seconds(500)
-        short = min([await seconds(1000) for _ in range(3)])
-        long = min([await seconds(8000) for _ in range(3)])
-        self.assertLess(long, 24 * short)
+        # The best of several tries, since a busy machine spoils most of them.
+        short = min([await seconds(1000) for _ in range(5)])
+        for _ in range(20):
+            long = await seconds(8000)
+            # Eight times the text: quadratic would be 64 times the work.
+            if long < 24 * short:
+                return
+        self.fail(f"{long} s, against {short} s for an eighth of the text")
 
     async def script_seconds(self, page: Page) -> float:
         answer = await page.devtools.call("Performance.getMetrics")
