@@ -406,7 +406,7 @@ class Exchange:
 
         # The answer
         self.response: web.StreamResponse | None = None  # None: not begun
-        self.bytes_written = 0  # of events
+        self.bytes_written = 0  # of events and heartbeats
         self.is_writing = False  # we wait for a slow client
         self.is_ending = False  # its end is decided: nothing may be added
         self.is_sent = False  # the kernel has taken all of it
@@ -628,7 +628,8 @@ def enforce_limits(exchange: Exchange, settings: Settings) -> None:
         if relay.all_finished:
             upstream.close()  # ends the read in `relay_answer`
         else:
-            exchange.stop(truncation(None))
+            cause = "the connection was lost"
+            exchange.stop(Failure("stream_truncated", cause=cause))
     # Some upstreams leave the connection open after their last event.
     elif relay.all_finished and silent >= SECONDS_AFTER_FINISH:
         # Ends the read, too. `close` would let it raise an exception that aiohttp shares
@@ -799,7 +800,7 @@ def request_id(request: web.BaseRequest) -> str:
 
 
 async def read_body(reader: aiohttp.StreamReader, limit: int) -> bytes:
-    """Reads a body. May return more than the limit: then it stopped, and was too long."""
+    """Reads a body. Stops once it is over the limit, so callers check the length."""
     body = bytearray()
     while len(body) <= limit:
         piece = await reader.readany()
@@ -909,8 +910,8 @@ def open_session(settings: Settings, proxy: str | None) -> aiohttp.ClientSession
         response_class=UpstreamAnswer,
         # Inflating 29 KB of gzip can block the loop for 20 s.
         auto_decompress=False,
-        # Bytes buffered per stream while its client is slow. Over TLS, the rest is lost
-        # if the upstream closes the connection meanwhile.
+        # While a client is slow, aiohttp buffers about twice as many bytes per stream.
+        # Over TLS, the rest is lost if the upstream closes the connection meanwhile.
         read_bufsize=2**17,
         max_field_size=2**16,
         max_line_size=2**16,
@@ -918,7 +919,7 @@ def open_session(settings: Settings, proxy: str | None) -> aiohttp.ClientSession
 
 
 def upstream_headers(exchange: Exchange) -> dict[str, str]:
-    """Set for each request: the session's headers, and so the key, also go to a proxy."""
+    """Set for each request: as the session's headers, they would also go to a proxy."""
     headers = {
         "Content-Type": "application/json",
         # Some servers require both.
@@ -958,8 +959,8 @@ async def open_upstream(
         raise connection_failure(error) from None
     exchange.upstream_answer = answer
     encoding = answer.headers.get("Content-Encoding", "").strip().lower()
-    is_plain = encoding in ("", "identity", "none")
-    if 200 <= answer.status < 300 and is_plain:
+    is_compressed = encoding not in ("", "identity", "none")
+    if 200 <= answer.status < 300 and not is_compressed:
         return answer
     # A heartbeat must no longer send a 200.
     exchange.takes_heartbeats = False
@@ -1296,7 +1297,7 @@ class Chatstream:
         for exchange in self.exchanges:
             exchange.stop(Failure("server_draining", outcome="drained"))
         await self.wait_for_exchanges(1)
-        # 4. Abort any that are still left: their clients take the end too slowly.
+        # 4. Abort any that are still left, also answers that `stop` lets end.
         for exchange in self.exchanges:
             drained = Failure("server_draining", outcome="drained")
             exchange.failure = exchange.failure or drained
@@ -1586,7 +1587,7 @@ def read_settings(environ: Mapping[str, str], arguments: list[str]) -> Settings:
         setattr(values, field_name(variable), secret)
     if not values.token and not is_loopback(values.host):
         host = f"CHATSTREAM_HOST={values.host}"
-        parser.error(f"{host} accepts other machines: set CHATSTREAM_TOKEN")
+        parser.error(f"{host} lets other machines connect: set CHATSTREAM_TOKEN")
     if bool(values.tls_cert) != bool(values.tls_key):
         parser.error("CHATSTREAM_TLS_CERT and CHATSTREAM_TLS_KEY: set both or neither")
     return Settings(**vars(values))
