@@ -41,7 +41,7 @@ import urllib.request
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, closing, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,6 @@ class EventParser:
         self.after_cr = False
         self.event_type = b""
         self.data = bytearray()  # of the event so far, with an LF after each line
-        self.saw_unknown_field = False
 
     def feed(self, piece: bytes) -> Iterator[tuple[bytes, bytes]]:
         """Yields the type (b"" if there is none) and the data of each complete event.
@@ -105,23 +104,20 @@ class EventParser:
         if not piece:
             return []
         # A CR has already ended its line. An LF after it is the second half of a CRLF.
-        if self.after_cr and piece.startswith(b"\n"):
-            piece = piece[1:]
+        if self.after_cr:
+            piece = piece.removeprefix(b"\n")
         self.after_cr = piece.endswith(b"\r")
         # bytes.splitlines splits only at LF, CR and CRLF. str.splitlines would also
-        # split at U+2028, which is text.
-        lines = piece.splitlines()
-        rest = b""
-        if lines and not piece.endswith((b"\r", b"\n")):
-            rest = lines.pop()
-        if lines and self.partial_line:
+        # split at U+2028, which is text. The full stop makes sure that the last line is
+        # always an incomplete one, even if it is empty.
+        *lines, rest = (piece + b".").splitlines()
+        if lines:
             lines[0] = bytes(self.partial_line) + lines[0]
             self.partial_line.clear()
-        if rest:
-            self.partial_line += rest
-            # A comment may exceed the limit. Nobody reads it, so it is not kept.
-            if self.partial_line.startswith(b":"):
-                del self.partial_line[1:]
+        self.partial_line += rest[:-1]
+        # A comment may exceed the limit. Nobody reads it, so it is not kept.
+        if self.partial_line.startswith(b":"):
+            del self.partial_line[1:]
         return lines
 
     def read_field(self, line: bytes) -> None:
@@ -129,20 +125,14 @@ class EventParser:
         # harmless to remove it everywhere.
         name, _, value = line.removeprefix(BOM).partition(b":")
         value = value.removeprefix(b" ")
-        if name == b"data":
-            self.add_data(value)
-        elif name == b"event":
+        if name == b"event":
             self.event_type = value
-        elif name == b"error":  # llama.cpp until 2025
+        if name == b"error":  # llama.cpp until 2025
             self.event_type = b"error"
-            self.add_data(value)
-        elif name not in (b"", b"id", b"retry"):  # b"": a comment
-            self.saw_unknown_field = True
-
-    def add_data(self, line: bytes) -> None:
-        self.data += line + b"\n"
-        if len(self.data) > self.limit + len("\n"):
-            raise OverflowError
+        if name in (b"data", b"error"):
+            self.data += value + b"\n"
+            if len(self.data) > self.limit + len("\n"):
+                raise OverflowError
 
 
 # ---- Errors --------------------------------------------------------------------------
@@ -207,7 +197,7 @@ class Failure(Exception):
         self.status = self.status or status
         self.outcome = self.outcome or outcome
         self.message = self.message or message
-        self.type = self.type or ERROR_TYPES.get(self.status, "invalid_request_error")
+        self.type = ERROR_TYPES.get(self.status, "invalid_request_error")
         if self.status == 503:
             self.headers["Retry-After"] = "1"
 
@@ -230,13 +220,12 @@ class Relay:
 
     def __init__(self, parser: EventParser) -> None:
         self.parser = parser
-        self.first_byte = b""
-        self.body_start = bytearray()  # for the log
-        self.document = bytearray()  # a body that is one JSON document, not a stream
+        self.body_start = bytearray()  # without blanks before it
+        self.is_document = False  # the body is one JSON document, not a stream
         self.events_received = 0
         self.events_sent = 0
         self.choices: dict[str, bool] = {}  # index: it has a `finish_reason`
-        self.malformed = False
+        self.malformed = b""  # a payload that is not a JSON object
         self.done = False
         # Raised by `relay_answer`, after the events before it have been written.
         self.failure: Failure | None = None
@@ -248,20 +237,21 @@ class Relay:
 
     def feed(self, piece: bytes) -> bytes:
         """Returns the events to send after this piece, each as b"data: PAYLOAD\\n\\n"."""
+        is_first = not self.body_start
+        if is_first:
+            piece = piece.lstrip(BOM + WHITE_SPACE)
+            # The first byte decides the kind of body: Content-Type is often wrong.
+            self.is_document = piece.startswith((b"{", b"["))
         if len(self.body_start) < 2000:
             self.body_start += piece[:2000]
-        # The first byte that is not blank decides the kind of body: Content-Type is
-        # often wrong.
-        if not self.first_byte:
-            self.first_byte = piece.lstrip(BOM + WHITE_SPACE)[:1]
-        if self.first_byte == b"<":
+        if self.body_start.startswith(b"<"):
             self.failure = Failure("upstream_error", cause="an HTML page", body=piece)
             return b""
-        if self.first_byte in (b"{", b"["):
-            self.document += piece
-            if len(self.document) > self.parser.limit:
-                self.failure = Failure("event_too_large")
-            return b""
+        # The parser gets a document as the data of one event.
+        if self.is_document:
+            piece = on_one_line(piece)
+            if is_first:
+                piece = b"data: " + piece
         return self.relay_events(self.parser.feed(piece))
 
     def close(self, error: Exception | None = None) -> bytes:
@@ -269,39 +259,24 @@ class Relay:
 
         Decides whether an answer without [DONE] is complete.
         """
-        out = self.relay_rest()
-        if self.done:
-            return out
         # The last event lacks its empty line. If it is malformed, it was cut off.
-        if self.malformed:
+        out = self.relay_events(self.parser.close())
+        if self.malformed and (not self.is_document or looks_cut_off(self.malformed)):
             self.failure = truncation(error)
-        elif self.failure:
+        if self.done or self.failure:
             return out
-        elif self.all_finished or (self.document and self.choices and not error):
+        if self.all_finished or (self.is_document and self.choices and not error):
             self.done = True
             return out + DONE
-        elif error or self.events_sent:
+        if error or self.events_sent:
             self.failure = truncation(error)
-        elif self.events_received or self.parser.saw_unknown_field:
-            cause = "no chunk in the body"
-            body = bytes(self.body_start)
-            self.failure = Failure("upstream_invalid", cause=cause, body=body)
-        else:
-            self.failure = Failure("empty_stream")
-        return out
-
-    def relay_rest(self) -> bytes:
-        """Relays the last event, or a body that is one JSON document."""
-        if not self.document:
-            return self.relay_events(self.parser.close())
-        document = self.document.strip(BOM + WHITE_SPACE)
-        out = self.relay_events([(b"", bytes(document))])
-        if self.choices:
             return out
-        # Without choices, it is not an answer, even if it has `usage`.
-        self.events_sent = 0
-        self.malformed = self.malformed and looks_cut_off(document)
-        return b""
+        body = bytes(self.body_start)
+        is_stream = re.match(rb"(data|event|id|retry)?:|$", body)
+        is_empty = is_stream and not self.events_received
+        code = "empty_stream" if is_empty else "upstream_invalid"
+        self.failure = Failure(code, cause="no chunk in the body", body=body)
+        return out
 
     def relay_events(self, events: Iterable[tuple[bytes, bytes]]) -> bytes:
         out = []
@@ -319,7 +294,7 @@ class Relay:
         except OverflowError:
             self.failure = Failure("event_too_large")
         except ValueError:
-            self.malformed = True
+            self.malformed = data.strip()
             cause = "not a JSON object"
             self.failure = Failure("upstream_invalid", cause=cause, body=data)
         return b"".join(out)
@@ -347,11 +322,13 @@ class Relay:
         payload = self.check_chunk(chunk, data)
         if payload:
             self.events_sent += 1
-        # A line end would end the event. In JSON, it is white space.
-        return payload.replace(b"\r", b" ").replace(b"\n", b" ")
+        return on_one_line(payload)
 
     def check_chunk(self, chunk: dict[str, Any], data: bytes) -> bytes:
         choices = chunk.get("choices")
+        # Without choices, a document is not an answer, even if it has `usage`.
+        if self.is_document and not is_list_of_objects(choices):
+            return b""
         if not isinstance(choices, list):
             if not chunk.get("usage"):  # {"type": "ping"}
                 return b""
@@ -373,6 +350,11 @@ class Relay:
         if not changed:
             return data
         return encode_json(chunk | {"object": "chat.completion.chunk"})
+
+
+def on_one_line(payload: bytes) -> bytes:
+    """A line end would end the event. In JSON, it is white space."""
+    return payload.replace(b"\r", b" ").replace(b"\n", b" ")
 
 
 # ---- One stream, from the request to the last byte -----------------------------------
@@ -409,7 +391,7 @@ class Exchange:
         self.bytes_written = 0  # of events and heartbeats
         self.is_writing = False  # we wait for a slow client
         self.is_ending = False  # its end is decided: nothing may be added
-        self.is_sent = False  # the kernel has taken all of it
+        self.outcome = "client_gone"  # until the kernel has taken all of it
         self.failure: Failure | None = None
         self.client_stall = Stall()  # how long the client has taken nothing
 
@@ -418,7 +400,7 @@ class Exchange:
         self.body_received = False
         self.upstream_answer: aiohttp.ClientResponse | None = None
         self.may_be_paid = False  # the upstream may charge for this request
-        self.takes_heartbeats = False
+        self.is_event_stream = False  # the answer, as far as we know
         # Kept, so that the task is not garbage-collected.
         self.heartbeat: asyncio.Task[None] | None = None
         self.first_event_seconds = 0.0  # 0: none yet
@@ -457,7 +439,7 @@ class Exchange:
 
     async def finish(
         self, response: web.StreamResponse | None = None, last: bytes = b""
-    ) -> web.StreamResponse:
+    ) -> None:
         """Sends this response, or ends the stream that has begun.
 
         Returns when the kernel has taken all of it. Until then, the exchange counts as
@@ -465,15 +447,14 @@ class Exchange:
         """
         self.is_ending = True
         response = self.response or await self.begin(response)
-        self.bytes_written += len(last)
         await response.write_eof(last)
-        self.is_sent = True
-        return response
+        self.outcome = "completed"
 
     def stop(self, failure: Failure) -> None:
         """Ends the exchange. The client gets this failure."""
-        if self.failure or self.is_ending:
+        if self.is_ending:
             return
+        self.is_ending = True
         self.failure = failure
         # Cancelling aiohttp's wait for a slow client would also break its next wait, in
         # which we send this failure. So `write` raises it when its wait is over.
@@ -481,7 +462,7 @@ class Exchange:
             self.task.cancel()
 
 
-async def chat(exchange: Exchange) -> web.StreamResponse:
+async def chat(exchange: Exchange) -> None:
     """The life of one stream.
 
     Raises Failure. CancelledError may be raised at any `await`: by aiohttp as soon as
@@ -495,26 +476,29 @@ async def chat(exchange: Exchange) -> web.StreamResponse:
     server.streams.add(exchange)
     relay = Relay(EventParser(settings.max_event_bytes))
     exchange.relay = relay
-    answer, is_stream = await forward_request(exchange, settings)
+    answer = await forward_request(exchange, settings)
     # The key line: however this block ends, the connection to the upstream is aborted,
     # unless the answer has been read to the end. Unread tokens cost money.
     with closing(answer):
-        if not is_stream:
+        if exchange.is_event_stream:
+            await relay_answer(exchange, relay, answer)
+            await exchange.finish()
+            # If the body ends within a moment, the connection can be reused.
+            with suppress(TimeoutError, *UPSTREAM_ERRORS):
+                async with asyncio.timeout(0.05):
+                    await answer.content.wait_eof()
+        else:
             whole, completion = await read_document(answer, settings.max_event_bytes)
             if not isinstance(completion, dict):
                 cause = "not a JSON object"
                 raise Failure("upstream_invalid", cause=cause, body=whole)
-            return await exchange.finish(web.json_response(body=whole))
-        await relay_answer(exchange, relay, answer)
-        response = await exchange.finish()
-        await read_end(answer)
-        return response
+            await exchange.finish(web.json_response(body=whole))
 
 
 async def forward_request(
     exchange: Exchange, settings: Settings
-) -> tuple[aiohttp.ClientResponse, bool]:
-    """Returns the upstream's answer, and whether it should be a stream. Raises Failure.
+) -> aiohttp.ClientResponse:
+    """Sends the request upstream, and returns a successful answer. Raises Failure.
 
     A function of its own, so that the request is not kept while the answer runs.
     """
@@ -522,9 +506,8 @@ async def forward_request(
     exchange.body_received = True
     always_stream = exchange.request.path == "/stream"
     checked_body, is_stream = check_request(body, settings.model, always_stream)
-    exchange.takes_heartbeats = is_stream
-    answer = await open_upstream(exchange, "/chat/completions", checked_body)
-    return answer, is_stream
+    exchange.is_event_stream = is_stream
+    return await open_upstream(exchange, "/chat/completions", checked_body)
 
 
 async def relay_answer(
@@ -547,17 +530,10 @@ async def relay_answer(
         if out and not exchange.first_event_seconds:
             exchange.first_event_seconds = time.monotonic() - exchange.started
         # Set before the write: nothing may follow [DONE].
-        exchange.is_ending = relay.done
+        if relay.done:
+            exchange.is_ending = True
         if out:
             await exchange.write(out)
-
-
-async def read_end(answer: aiohttp.ClientResponse) -> None:
-    """Waits briefly for the end of the body, so that the connection can be reused."""
-    with suppress(TimeoutError, *UPSTREAM_ERRORS):
-        async with asyncio.timeout(0.05):
-            while await answer.content.readany():
-                pass
 
 
 class UpstreamAnswer(aiohttp.ClientResponse):
@@ -638,14 +614,14 @@ def enforce_limits(exchange: Exchange, settings: Settings) -> None:
 
 
 def needs_heartbeat(exchange: Exchange, settings: Settings) -> bool:
-    is_waiting = exchange.takes_heartbeats and not unsent_bytes(exchange.transport)
+    is_waiting = exchange.is_event_stream and not unsent_bytes(exchange.transport)
     quiet = exchange.output_stall.update(exchange.bytes_written, is_waiting)
     return quiet >= settings.heartbeat_seconds
 
 
 async def send_heartbeat(exchange: Exchange) -> None:
     # The answer may have ended since this task was created.
-    if exchange.is_ending or exchange.failure or not exchange.takes_heartbeats:
+    if exchange.is_ending or not exchange.is_event_stream:
         return
     with suppress(ConnectionError):  # the client has left
         response = exchange.response or await exchange.begin()
@@ -667,7 +643,7 @@ async def watch(server: Chatstream) -> None:
         settings.idle_seconds, settings.write_seconds, settings.heartbeat_seconds
     )
     while True:
-        await asyncio.sleep(max(0.01, min(1.0, shortest_limit / 10)))
+        await asyncio.sleep(min(1.0, shortest_limit / 10))
         check_exchanges(server)
 
 
@@ -697,26 +673,26 @@ async def handle(server: Chatstream, request: web.BaseRequest) -> web.StreamResp
     limit_unsent_bytes(request.transport)
     try:
         handler = route(server, request)
-        return await handler(exchange)
+        await handler(exchange)
     except Failure as failure:
-        return await send_failure(exchange, failure)
+        await send_failure(exchange, failure)
     except asyncio.CancelledError:
         if not exchange.failure:  # the client has left
             raise
-        return await send_failure(exchange, exchange.failure)
-    except ConnectionError:  # the client has left while we were writing
-        return exchange.response or web.Response()
+        await send_failure(exchange, exchange.failure)
+    except ConnectionError:
+        pass  # the client has left while we were writing
     except Exception as error:
         logger.exception("a bug in chatstream")
-        fault = Failure("internal_error", cause=repr(error))
-        return await send_failure(exchange, fault)
+        await send_failure(exchange, Failure("internal_error", cause=repr(error)))
     finally:
         server.exchanges.discard(exchange)
         server.streams.discard(exchange)
         count_and_log(exchange)
+    return exchange.response or web.Response()
 
 
-async def send_failure(exchange: Exchange, failure: Failure) -> web.StreamResponse:
+async def send_failure(exchange: Exchange, failure: Failure) -> None:
     """Sends a failure: as an HTTP status, or as the last event if 200 has been sent."""
     exchange.failure = failure
     redact = exchange.server.redact
@@ -728,20 +704,15 @@ async def send_failure(exchange: Exchange, failure: Failure) -> web.StreamRespon
         "request_id": exchange.id,
     }
     body = encode_json({"error": error})
-    response = exchange.response
-    last = b""
-    if response:
-        last = b"data: %b\n\n" % body
-    else:
-        response = web.json_response(
-            body=body, status=failure.status, headers=failure.headers
-        )
-        if exchange.may_be_paid:
-            # Otherwise, OpenAI's clients retry a 5xx twice, and you pay each time.
-            response.headers["X-Should-Retry"] = "false"
+    response = web.json_response(
+        body=body, status=failure.status, headers=failure.headers
+    )
+    if exchange.may_be_paid:
+        # Otherwise, OpenAI's clients retry a 5xx twice, and you pay each time.
+        response.headers["X-Should-Retry"] = "false"
+    last = b"data: %b\n\n" % body if exchange.response else b""
     with suppress(ConnectionError):
         await exchange.finish(response, last)
-    return response
 
 
 def limit_unsent_bytes(transport: asyncio.Transport) -> None:
@@ -914,7 +885,6 @@ def open_session(settings: Settings, proxy: str | None) -> aiohttp.ClientSession
         # Over TLS, the rest is lost if the upstream closes the connection meanwhile.
         read_bufsize=2**17,
         max_field_size=2**16,
-        max_line_size=2**16,
     )
 
 
@@ -958,12 +928,12 @@ async def open_upstream(
             exchange.may_be_paid = False
         raise connection_failure(error) from None
     exchange.upstream_answer = answer
-    encoding = answer.headers.get("Content-Encoding", "").strip().lower()
+    encoding = answer.headers.get("Content-Encoding", "").lower()
     is_compressed = encoding not in ("", "identity", "none")
     if 200 <= answer.status < 300 and not is_compressed:
         return answer
     # A heartbeat must no longer send a 200.
-    exchange.takes_heartbeats = False
+    exchange.is_event_stream = False
     if 400 <= answer.status < 500:
         exchange.may_be_paid = False
     with closing(answer):
@@ -1046,13 +1016,12 @@ def refuse_constant(name: str) -> None:
 
 
 JSON_DECODER = json.JSONDecoder(parse_constant=refuse_constant)
-JSON_ENCODER = json.JSONEncoder(allow_nan=False)
 
 
 def encode_json(value: object) -> bytes:
     """Raises ValueError for a number like 1e999, or if it is nested too deep."""
     try:
-        return JSON_ENCODER.encode(value).encode()
+        return json.dumps(value, allow_nan=False).encode()
     except RecursionError:
         raise ValueError("nested too deep") from None
 
@@ -1174,12 +1143,13 @@ def route(server: Chatstream, request: web.BaseRequest) -> Handler:
         raise Failure("forbidden_host")
     if is_guarded and is_post and not is_same_origin(request):
         raise Failure("forbidden_origin")
-    if path not in ROUTES:
+    handler = ROUTES.get(path)
+    if not handler:
         raise Failure("not_found")
-    methods, handler = ROUTES[path]
+    methods = ["POST"] if handler is chat else ["GET", "HEAD"]
     if request.method not in methods:
         raise Failure("method_not_allowed", headers={"Allow": ", ".join(methods)})
-    if is_guarded and server.draining:
+    if server.draining and path not in ("/healthz", "/metrics"):
         raise Failure("server_draining")
     if is_post and not is_plain_json(request):
         raise Failure("unsupported_media_type")
@@ -1219,7 +1189,7 @@ def has_token(request: web.BaseRequest, token: str) -> bool:
     if not token:
         return True
     scheme, _, sent = request.headers.get("Authorization", "").partition(" ")
-    given = sent.strip().encode(errors="surrogateescape")
+    given = sent.encode(errors="surrogateescape")
     # In constant time: how long it takes must not show where the two differ.
     is_same = hmac.compare_digest(given, token.encode())
     return is_same and scheme.lower() == "bearer"
@@ -1245,7 +1215,10 @@ class Chatstream:
         self.max_streams = streams_for_files(settings.max_streams)
         self.html = Path(__file__).resolve().with_name("index.html").read_bytes()
         self.page_headers = page_headers(self.html)
-        self.metrics = Metrics()
+        self.outcomes = dict.fromkeys(OUTCOMES, 0)
+        self.events_sent = 0
+        self.first_chunk = Histogram()
+        self.duration = Histogram()
         self.created = int(time.time())
         self.exchanges: set[Exchange] = set()  # all requests in flight
         self.streams: set[Exchange] = set()  # the chat completions among them
@@ -1262,16 +1235,14 @@ class Chatstream:
             )
         # ValueError: on Windows, a port cannot be shared.
         except (OSError, ValueError) as error:
-            message = f"cannot listen on CHATSTREAM_HOST={settings.host}: {error}"
-            if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
-                message = (
-                    f"CHATSTREAM_PORT={settings.port} is in use; 0 picks a free one"
-                )
-            raise BadSetting(message) from None
+            raise BadSetting(
+                f"cannot listen on CHATSTREAM_HOST={settings.host}, "
+                f"CHATSTREAM_PORT={settings.port} (0 picks a free one): {error}"
+            ) from None
         self.session = open_session(settings, self.proxy)
         self.watcher = asyncio.create_task(watch(self))
-        host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        return f"http{'s' if tls else ''}://{host}:{self.runner.addresses[0][1]}"
+        [site] = self.runner.sites
+        return site.name
 
     def redact(self, text: str) -> str:
         """Masks our secrets, which an upstream or a proxy may have quoted."""
@@ -1312,10 +1283,10 @@ class Chatstream:
             await asyncio.wait(tasks, timeout=seconds)
 
 
-async def show_page(exchange: Exchange) -> web.StreamResponse:
+async def show_page(exchange: Exchange) -> None:
     server = exchange.server
     response = web.Response(body=server.html, headers=server.page_headers)
-    return await exchange.finish(response)
+    await exchange.finish(response)
 
 
 def page_headers(html: bytes) -> dict[str, str]:
@@ -1342,7 +1313,7 @@ def page_headers(html: bytes) -> dict[str, str]:
 MAX_MODELS_BYTES = 2**22
 
 
-async def list_models(exchange: Exchange) -> web.StreamResponse:
+async def list_models(exchange: Exchange) -> None:
     """The allowed models, in OpenAI's format. With `*`, also the upstream's."""
     server = exchange.server
     ids = [name for name in server.settings.model if name != "*"]
@@ -1353,7 +1324,7 @@ async def list_models(exchange: Exchange) -> web.StreamResponse:
     models = [{"id": name, **common} for name in dict.fromkeys(ids)]
     body = encode_json({"object": "list", "data": models})
     headers = {"Cache-Control": "no-store"}
-    return await exchange.finish(web.json_response(body=body, headers=headers))
+    await exchange.finish(web.json_response(body=body, headers=headers))
 
 
 async def upstream_models(exchange: Exchange) -> list[str]:
@@ -1375,11 +1346,9 @@ async def upstream_models(exchange: Exchange) -> list[str]:
     return [name for name in ids if name and isinstance(name, str)]
 
 
-async def show_health(exchange: Exchange) -> web.StreamResponse:
-    """200 while the process is alive; for /readyz, 503 once it is draining."""
-    if exchange.server.draining and exchange.request.path == "/readyz":
-        raise Failure("server_draining")
-    return await exchange.finish(web.json_response({"status": "ok"}))
+async def show_health(exchange: Exchange) -> None:
+    """During the drain, `route` refuses /readyz, but not /healthz."""
+    await exchange.finish(web.json_response({"status": "ok"}))
 
 
 # ---- The log and the metrics ---------------------------------------------------------
@@ -1400,14 +1369,13 @@ class Histogram:
     """Seconds, in OpenTelemetry's buckets for GenAI: 0.01 doubling up to 327.68."""
 
     def __init__(self) -> None:
-        self.buckets = {0.01 * 2**power: 0 for power in range(16)}
-        self.count = 0
+        bounds = [0.01 * 2**power for power in range(16)]
+        self.buckets = dict.fromkeys([*map(str, bounds), "+Inf"], 0)
         self.sum = 0.0
 
     def observe(self, value: float) -> None:
         for bound in self.buckets:
-            self.buckets[bound] += value <= bound
-        self.count += 1
+            self.buckets[bound] += value <= float(bound)
         self.sum += value
 
     def samples(self, name: str) -> str:
@@ -1415,43 +1383,29 @@ class Histogram:
             f'{name}_bucket{{le="{bound}"}} {count}'
             for bound, count in self.buckets.items()
         ]
-        lines.append(f'{name}_bucket{{le="+Inf"}} {self.count}')
         lines.append(f"{name}_sum {self.sum}")
-        lines.append(f"{name}_count {self.count}")
+        lines.append(f"{name}_count {self.buckets['+Inf']}")
         return "\n".join(lines)
-
-
-class Metrics:
-    def __init__(self) -> None:
-        self.outcomes = dict.fromkeys(OUTCOMES, 0)
-        self.events_sent = 0
-        self.first_chunk = Histogram()
-        self.duration = Histogram()
 
 
 def count_and_log(exchange: Exchange) -> None:
     """Counts a finished exchange under one outcome, and writes its log line."""
     failure = exchange.failure
-    if failure:
-        outcome = failure.outcome
-    elif exchange.is_sent:
-        outcome = "completed"
-    else:
-        outcome = "client_gone"
+    outcome = failure.outcome if failure else exchange.outcome
     request = exchange.request
     events = exchange.relay.events_sent if exchange.relay else 0
     total_seconds = time.monotonic() - exchange.started
-    is_chat = request.method == "POST" and request.path in CHAT_PATHS
+    is_chat = request.method == "POST" and ROUTES.get(request.path) is chat
     if is_chat:
-        metrics = exchange.server.metrics
-        metrics.outcomes[outcome] += 1
-        metrics.events_sent += events
+        server = exchange.server
+        server.outcomes[outcome] += 1
+        server.events_sent += events
         if exchange.first_event_seconds:
-            metrics.first_chunk.observe(exchange.first_event_seconds)
+            server.first_chunk.observe(exchange.first_event_seconds)
         if outcome != "rejected":
-            metrics.duration.observe(total_seconds)
+            server.duration.observe(total_seconds)
 
-    if is_chat or (failure and failure.outcome != "rejected"):
+    if is_chat or failure:
         status = exchange.response.status if exchange.response else "-"
         cause = cause_of(exchange, failure) if failure else ""
         logger.info(
@@ -1483,14 +1437,13 @@ FIRST_CHUNK = "gen_ai_client_operation_time_to_first_chunk_seconds"
 DURATION = "gen_ai_client_operation_duration_seconds"
 
 
-async def show_metrics(exchange: Exchange) -> web.StreamResponse:
+async def show_metrics(exchange: Exchange) -> None:
     """Prometheus' text format, version 0.0.4. No label comes from a client."""
     server = exchange.server
-    metrics = server.metrics
     active = sum(stream.body_received for stream in server.streams)
     outcomes = "\n".join(
         f'chatstream_streams_total{{outcome="{outcome}"}} {count}'
-        for outcome, count in metrics.outcomes.items()
+        for outcome, count in server.outcomes.items()
     )
     text = f"""\
 # HELP chatstream_active_streams Streams running now.
@@ -1507,48 +1460,45 @@ chatstream_max_streams {server.max_streams}
 {outcomes}
 # HELP chatstream_events_total Chunks sent.
 # TYPE chatstream_events_total counter
-chatstream_events_total {metrics.events_sent}
+chatstream_events_total {server.events_sent}
 # HELP {FIRST_CHUNK} Seconds until the first chunk.
 # TYPE {FIRST_CHUNK} histogram
-{metrics.first_chunk.samples(FIRST_CHUNK)}
+{server.first_chunk.samples(FIRST_CHUNK)}
 # HELP {DURATION} Seconds until the end of the answer.
 # TYPE {DURATION} histogram
-{metrics.duration.samples(DURATION)}
+{server.duration.samples(DURATION)}
 """
     headers = {
         "Content-Type": "text/plain; version=0.0.4; charset=utf-8",
         "Cache-Control": "no-store",
     }
     response = web.Response(body=text.encode(), headers=headers)
-    return await exchange.finish(response)
+    await exchange.finish(response)
 
 
-CHAT_PATHS = ("/stream", "/v1/chat/completions")
-OPEN_PATHS = ("/healthz", "/readyz", "/metrics")  # `route` guards all others
-
-Handler = Callable[[Exchange], Awaitable[web.StreamResponse]]
 # A handler sends its answer with `Exchange.finish`.
-ROUTES: dict[str, tuple[tuple[str, ...], Handler]] = {
-    "/": (("GET", "HEAD"), show_page),
-    "/stream": (("POST",), chat),
-    "/v1/chat/completions": (("POST",), chat),
-    "/v1/models": (("GET", "HEAD"), list_models),
-    "/healthz": (("GET", "HEAD"), show_health),
-    "/readyz": (("GET", "HEAD"), show_health),
-    "/metrics": (("GET", "HEAD"), show_metrics),
+Handler = Callable[[Exchange], Awaitable[None]]
+ROUTES: dict[str, Handler] = {  # `chat` takes POST, the others GET and HEAD
+    "/": show_page,
+    "/stream": chat,
+    "/v1/chat/completions": chat,
+    "/v1/models": list_models,
+    "/healthz": show_health,
+    "/readyz": show_health,
+    "/metrics": show_metrics,
 }
+OPEN_PATHS = ("/healthz", "/readyz", "/metrics")  # `route` guards all others
 
 
 # ---- Settings ------------------------------------------------------------------------
 # A setting is a field of Settings and, unless it is a secret, a line in `add_settings`.
 
 
-class BadSetting(Exception):
+class BadSetting(argparse.ArgumentTypeError):
     """The server cannot start with these settings; the message says why."""
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(argparse.Namespace):
     api_key: str
     base_url: str
     model: tuple[str, ...]  # the allowed ones; the first is the default
@@ -1577,20 +1527,20 @@ def read_settings(environ: Mapping[str, str], arguments: list[str]) -> Settings:
         allow_abbrev=False,
     )
     add_settings(parser, environ)
-    values, unknown = parser.parse_known_args(arguments)
+    settings, unknown = parser.parse_known_args(arguments, Settings())
     if unknown:  # shown without its value, which may be a secret
         parser.error(f"unknown argument: {unknown[0].partition('=')[0]}")
     for variable in ("OPENAI_API_KEY", "CHATSTREAM_TOKEN"):
         secret = environ.get(variable, "").strip()
         if not re.fullmatch("[!-~]*", secret):
             parser.error(f"{variable} must be visible ASCII, to fit in a header")
-        setattr(values, field_name(variable), secret)
-    if not values.token and not is_loopback(values.host):
-        host = f"CHATSTREAM_HOST={values.host}"
+        setattr(settings, field_name(variable), secret)
+    if not settings.token and not is_loopback(settings.host):
+        host = f"CHATSTREAM_HOST={settings.host}"
         parser.error(f"{host} lets other machines connect: set CHATSTREAM_TOKEN")
-    if bool(values.tls_cert) != bool(values.tls_key):
+    if bool(settings.tls_cert) != bool(settings.tls_key):
         parser.error("CHATSTREAM_TLS_CERT and CHATSTREAM_TLS_KEY: set both or neither")
-    return Settings(**vars(values))
+    return settings
 
 
 def field_name(variable: str) -> str:
@@ -1642,13 +1592,13 @@ def add_settings(parser: argparse.ArgumentParser, environ: Mapping[str, str]) ->
 
 
 def positive_integer(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
+    if int(text) < 1:
         raise ValueError
     return int(text)
 
 
 def port_number(text: str) -> int:
-    if not text.isdecimal() or int(text) > 65535:
+    if not 0 <= int(text) <= 65535:
         raise ValueError
     return int(text)
 
@@ -1678,13 +1628,14 @@ def names(text: str) -> tuple[str, ...]:
     return found
 
 
+HOST = r"(\[[0-9A-Fa-f:.]+\]|[\w.-]+)(:\d{1,5})?"  # perhaps with a port
+
+
 def host_names(text: str) -> tuple[str, ...]:
     if not text:
         return ()
     for name in names(text):
-        if not re.fullmatch(
-            r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9_.-]+)(:[0-9]{1,5})?", name
-        ):
+        if not re.fullmatch(HOST, name, re.ASCII):
             raise ValueError
     return names(text.lower())
 
@@ -1692,31 +1643,29 @@ def host_names(text: str) -> tuple[str, ...]:
 def base_url(text: str) -> str:
     """Returns the URL without a slash at its end."""
     url = text.rstrip("/")
-    shown = "a URL with a user" if "@" in url else repr(url)  # it may have a password
+    if "@" in url:  # not shown: it may contain a password
+        raise BadSetting("the URL must not contain a user")
     if url.endswith("/chat/completions"):
-        raise argparse.ArgumentTypeError(f"{shown}: leave out /chat/completions")
-    if text and not is_base_url(url):
-        form = "http://localhost:11434/v1, without user, query or fragment"
-        raise argparse.ArgumentTypeError(f"{shown} must be like {form}")
+        raise BadSetting(f"{url!r}: leave out /chat/completions")
+    if text and not is_http_url(url):
+        form = "http://localhost:11434/v1, without query or fragment"
+        raise BadSetting(f"{url!r} must be like {form}")
     return url
 
 
-def is_base_url(url: str) -> bool:
-    """True for http(s) with a valid host and at most a path after it."""
+def is_http_url(url: str) -> bool:
+    """True for http(s) with a valid host, at most a user before it and a path after it."""
+    if not re.fullmatch(rf"(?i)https?://([^/?#\s]+@)?{HOST}(/[^@?#\s]*)?", url):
+        return False
     try:
         parts = urlsplit(url)
-        host = parts.hostname or ""
+        host = str(parts.hostname)
         if ":" in host:
             ipaddress.IPv6Address(host)
-        else:
-            host.encode("idna")  # refuses a label of more than 63 letters
-        if parts.port == 0:
-            return False
+        host.encode("idna")  # refuses a label of more than 63 letters
+        return parts.port != 0
     except ValueError:
         return False
-    if parts.scheme not in ("http", "https") or re.search(r"[@?#\s]", url):
-        return False
-    return bool(re.fullmatch(r"[\w.:-]*\w\.?", host))
 
 
 def environment_proxy(url: str) -> str | None:
@@ -1731,11 +1680,7 @@ def environment_proxy(url: str) -> str | None:
     proxy = proxies.get(parts.scheme) or proxies.get("all")
     if not proxy:
         return None
-    scheme, _, rest = proxy.partition("://")
-    credentials, _, address = rest.rpartition("@")
-    user = unquote(credentials.partition(":")[0])
-    is_bad_user = ":" in user or re.search(r"[/?#\s]", credentials)
-    if is_bad_user or not is_base_url(f"{scheme}://{address}"):
+    if not is_http_url(proxy) or ":" in unquote(urlsplit(proxy).username or ""):
         # The message does not show the URL, which may have a password.
         raise BadSetting(
             f"the environment's proxy for {parts.scheme} must be like http://host:3128, "
@@ -1770,10 +1715,10 @@ def streams_for_files(wanted: int) -> int:
         return wanted
     needed = 2 * wanted + 64
     limit, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if limit == resource.RLIM_INFINITY or limit >= needed:
-        return wanted
+    raised = hard_limit
     # macOS reports no hard limit, but refuses to raise the limit that far.
-    raised = needed if hard_limit == resource.RLIM_INFINITY else hard_limit
+    if hard_limit == resource.RLIM_INFINITY:
+        raised = max(limit, needed)
     with suppress(ValueError, OSError, OverflowError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard_limit))
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -1832,14 +1777,11 @@ async def demo_upstream(
         body = decode_json(await request.content.read())
         model = body["model"]
         question = text_of(body["messages"][-1]["content"])
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, AttributeError):
         error = {"message": "Not a chat completion."}
         return web.json_response({"error": error}, status=400)
     if model == "demo-rate-limit":
-        error = {
-            "message": "The demo is rate-limited right now.",
-            "code": "rate_limit_exceeded",
-        }
+        error = {"message": "The demo is rate-limited right now."}
         headers = {"Retry-After": "5"}
         return web.json_response({"error": error}, status=429, headers=headers)
     answer = DEMO_ANSWER.replace("{question}", question[:2000].replace("\n", "\n> "))
@@ -1851,9 +1793,12 @@ async def demo_upstream(
     await response.prepare(request)
     if model == "demo-slow-start":
         await asyncio.sleep(1.5 * settings.heartbeat_seconds)
-    for event in demo_events(model, answer, completion):
-        await response.write(event)
+    completion["object"] = "chat.completion.chunk"
+    for part in demo_parts(model, answer):
+        await response.write(b"data: %b\n\n" % encode_json(completion | part))
         await asyncio.sleep(0.02)
+    if model != "demo-cut-off":
+        await response.write(DONE)
     return response
 
 
@@ -1871,35 +1816,26 @@ def whole_answer(question: str, answer: str) -> dict[str, object]:
     return {"object": "chat.completion", "choices": [choice], "usage": usage}
 
 
-def demo_events(
-    model: str, answer: str, completion: Mapping[str, object]
-) -> Iterator[bytes]:
-    def chunk(delta: Mapping[str, str], reason: str | None = None) -> bytes:
-        choice = {"index": 0, "delta": delta, "finish_reason": reason}
-        kind = {"object": "chat.completion.chunk"}
-        payload = encode_json({**completion, **kind, "choices": [choice]})
-        return b"data: %b\n\n" % payload
-
+def demo_parts(model: str, answer: str) -> Iterator[dict[str, object]]:
+    """What each chunk of a streamed answer adds to the common fields."""
     words = re.findall(r"\s*\S+\s*", answer)
     if model in ("demo-cut-off", "demo-error"):
         words = words[: len(words) // 2]
-    yield chunk({"role": "assistant", "content": ""})
-    for word in words:
-        yield chunk({"content": word})
+    deltas = [{"role": "assistant", "content": ""}]
+    deltas += [{"content": word} for word in words]
+    for delta in deltas:
+        yield {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
     if model == "demo-error":
-        error = {"message": "The demo is out of memory.", "code": "out_of_memory"}
-        yield b"data: %b\n\n" % encode_json({"error": error})
+        yield {"error": {"message": "The demo is out of memory."}}
     elif model != "demo-cut-off":
-        yield chunk({}, "stop")
-        yield DONE
+        yield {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
 
 
-def text_of(content: object) -> str:
+def text_of(content: Any) -> str:
     """A message's content is text, or a list of parts, some with text."""
-    if isinstance(content, list):
-        parts = [part for part in content if isinstance(part, dict)]
-        return " ".join(text_of(part.get("text")) for part in parts)
-    return content if isinstance(content, str) else ""
+    if isinstance(content, str):
+        return content
+    return " ".join(part.get("text", "") for part in content)
 
 
 # ---- Start and stop ------------------------------------------------------------------
@@ -1910,51 +1846,36 @@ async def serve(settings: Settings) -> None:
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(on_loop_error)
     stopping = asyncio.Event()
-    handle_signals(lambda: loop.call_soon_threadsafe(stopping.set))
+    on_signal(lambda *_: loop.call_soon_threadsafe(stopping.set))
     async with AsyncExitStack() as stack:
         upstream = settings.base_url or OPENAI_URL
         if not settings.api_key and not settings.base_url:
             demo = await listen(partial(demo_upstream, settings), "127.0.0.1", 0)
             stack.push_async_callback(demo.cleanup)
-            url = f"http://127.0.0.1:{demo.addresses[0][1]}/v1"
-            settings = replace(settings, base_url=url, model=DEMO_MODELS)
+            settings.base_url = f"http://127.0.0.1:{demo.addresses[0][1]}/v1"
+            settings.model = DEMO_MODELS
             upstream = "the demo, until you set OPENAI_API_KEY or OPENAI_BASE_URL"
         server = Chatstream(settings)
         address = await server.start()
-        stack.push_async_callback(server.drain)
-        announce(f"chatstream listens on {address}")
-        announce(f"  upstream: {upstream}")
-        announce(f"  models:   {', '.join(settings.model)}")
-        announce("  to stop:  Ctrl+C")
+        # A closed or broken stdout must not stop the server or its drain.
+        with suppress(OSError, ValueError):
+            print(f"chatstream listens on {address}", flush=True)
+            print(f"  upstream: {upstream}", flush=True)
+            print(f"  models:   {', '.join(settings.model)}", flush=True)
+            print("  to stop:  Ctrl+C", flush=True)
         await stopping.wait()
+        # `timeout` and `npm run` repeat a Ctrl+C that we have already received.
+        loop.call_later(0.5, on_signal, lambda *_: os._exit(1))
+        await server.drain()
     # A normal exit would wait for pending DNS lookups, and a broken stdout would change
     # the exit status.
     os._exit(0)
 
 
-def handle_signals(stop: Callable[[], object]) -> None:
-    """The first SIGINT or SIGTERM calls `stop`. A second one ends the process at once."""
-    first_signal = 0.0
-
-    def on_signal(*_: object) -> None:
-        nonlocal first_signal
-        now = time.monotonic()
-        if not first_signal:
-            first_signal = now
-            stop()
-        # `timeout` and `npm run` repeat a Ctrl+C that we have already received.
-        elif now - first_signal > 0.5:
-            os._exit(1)
-
+def on_signal(action: Callable[..., object]) -> None:
     # On Windows, the loop has no add_signal_handler.
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
-
-
-def announce(line: str) -> None:
-    """Prints a line. A closed or broken stdout must not stop the server or its drain."""
-    with suppress(OSError, ValueError):
-        print(line, flush=True)
+    signal.signal(signal.SIGINT, action)
+    signal.signal(signal.SIGTERM, action)
 
 
 def on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
