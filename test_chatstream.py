@@ -4196,7 +4196,7 @@ class Start(ServerCase):
                 self.assertEqual((await self.get(program.url + "/healthz")).status, 200)
 
     async def test_a_port_in_use(self) -> None:
-        """A port that is in use stops the start, with a message about the port alone."""
+        """A port that is in use stops the start, with a message that names it."""
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = taken.getsockname()[1]
             exited = await failed_start(CHATSTREAM_PORT=str(port))
@@ -5535,6 +5535,52 @@ class Looks(PageCase):
         self.assertEqual(await page.buttons(), [])
         self.assertIn("Paragraph 119.", await page.text())
 
+    async def test_a_wide_table_on_paper(self) -> None:
+        """On paper, where nothing scrolls, a wide table fits the sheet."""
+        columns = "|" + " column |" * 14
+        page = await self.open(says(f"{columns}\n{'|-' * 14}|\n{columns}"))
+        await page.ask()
+        overflow = """(() => {
+            const table = document.querySelector("[role=log] table");
+            return Math.max(0, table.getBoundingClientRect().right - innerWidth);
+        })()"""
+        self.assertGreater(await page.run(overflow), 0)
+        await page.devtools.call("Emulation.setEmulatedMedia", media="print")
+        self.assertEqual(await page.run(overflow), 0)
+
+    async def test_a_long_draft_in_a_low_window(self) -> None:
+        """In a low window with the wire open, a long draft leaves "Send" in sight."""
+        page = await self.open()
+        await page.devtools.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=640,
+            height=360,
+            deviceScaleFactor=2,
+            mobile=False,
+        )
+        await page.click("Wire")
+        await page.focus("textbox", "Message")
+        await page.type("line\n" * 30)
+        button = page.element("button", "Send")
+        is_seen = """document.elementFromPoint(
+            element.getBoundingClientRect().x + 5, element.getBoundingClientRect().y + 5,
+        ) === element"""
+        self.assertTrue(await button.read(is_seen))
+
+    async def test_the_dot(self) -> None:
+        """The dot of a running answer stands at the end of its text, also of a list."""
+        with_dot = """[...document.querySelectorAll("article *")]
+            .filter((node) => getComputedStyle(node, "::after").content.includes("●"))
+            .map((node) => node.textContent)"""
+        page = await self.open()
+        for source in ("a\n\nend", "- a\n- end", "> a\n>\n> - end", "# end"):
+            with self.subTest(source):
+                self.answer_by(sends(text(source), then=hangs))
+                await page.click("New chat")
+                await page.say("Hello")
+                await page.wait_for_text("end")
+                self.assertEqual(await page.run(with_dot), ["end"])
+
     async def test_text_direction(self) -> None:
         """Arabic text runs from right to left, and code within it from left to right."""
         page = await self.open(says("مرحبا بالعالم\n\n```\nx = 1\n```"))
@@ -5982,6 +6028,13 @@ class Endings(PageCase):
         alert = await page.find("alert")
         self.assertIn("broke off", await alert.text())
 
+    async def test_an_old_error_is_not_announced(self) -> None:
+        """After a reload, an old error is shown, but not announced again."""
+        page = await self.end_of(BREAKS)
+        await page.reload()
+        self.assertIn("broke off", await page.text_of_answer())
+        self.assertFalse(await page.has("alert"))
+
     async def test_no_answer(self) -> None:
         """A request that fails before any text says so, then why."""
         page = await self.end_of(responds(400, {"error": {"message": "Too long."}}))
@@ -6318,6 +6371,12 @@ class FromOutside(PageCase):
         self.assertNotIn("07", await page.text_of_answer())
         await page.reload()
         self.assertIn("Whole.", await page.text_of_answer())
+
+    async def test_an_impossible_token_count(self) -> None:
+        """A token count that no answer can have is not shown."""
+        page = await self.open(streams("Whole.", usage={"completion_tokens": "1e400"}))
+        await page.ask()
+        self.assertNotIn("Infinity", await page.text_of_answer())
 
     async def test_odd_errors(self) -> None:
         """Whatever an error looks like, it is told in words for people."""
@@ -7509,6 +7568,10 @@ LINKS = [
     ),
     Row("[a](mailto:b@c.example)", '<p><a href="mailto:b@c.example">a</a></p>'),
     Row(
+        "<b@c.example>",
+        '<p><a href="mailto:b@c.example">b@c.example</a></p>',
+    ),
+    Row(
         "![a](https://a.example/b.png)",
         '<p><a href="https://a.example/b.png">a</a></p>',
     ),
@@ -7548,6 +7611,7 @@ RAW_HTML = [
     Row("a<br>b<br/>c", "<p>a<br>b<br>c</p>"),
     Row("<!-- a -->", "<p>&lt;!-- a --></p>"),
     Row("&lt;div&gt; &amp; &#39;a&#x27; b&nbsp;c", "<p>&lt;div> & 'a' b\u00a0c</p>"),
+    Row("a&mdash;b &rarr; c&hellip;", "<p>a—b → c…</p>"),
     Row("AT&T &unknown; &", "<p>AT&T &unknown; &</p>"),
 ]
 ALL_ROWS = [
