@@ -72,6 +72,7 @@ class EventParser:
         self.after_cr = False
         self.event_type = b""
         self.data = bytearray()  # of the event so far, with an LF after each line
+        self.saw_unknown_field = False
 
     def feed(self, piece: bytes) -> Iterator[tuple[bytes, bytes]]:
         """Yields the type (b"" if there is none) and the data of each complete event.
@@ -108,8 +109,8 @@ class EventParser:
             piece = piece.removeprefix(b"\n")
         self.after_cr = piece.endswith(b"\r")
         # bytes.splitlines splits only at LF, CR and CRLF. str.splitlines would also
-        # split at U+2028, which is text. The full stop makes sure that the last line is
-        # always an incomplete one, even if it is empty.
+        # split at U+2028, which is text. The added dot makes the last line an incomplete
+        # one, even if nothing else is in it.
         *lines, rest = (piece + b".").splitlines()
         if lines:
             lines[0] = bytes(self.partial_line) + lines[0]
@@ -125,14 +126,16 @@ class EventParser:
         # harmless to remove it everywhere.
         name, _, value = line.removeprefix(BOM).partition(b":")
         value = value.removeprefix(b" ")
-        if name == b"event":
-            self.event_type = value
         if name == b"error":  # llama.cpp until 2025
             self.event_type = b"error"
         if name in (b"data", b"error"):
             self.data += value + b"\n"
             if len(self.data) > self.limit + len("\n"):
                 raise OverflowError
+        elif name == b"event":
+            self.event_type = value
+        elif name not in (b"", b"id", b"retry"):  # b"": a comment
+            self.saw_unknown_field = True
 
 
 # ---- Errors --------------------------------------------------------------------------
@@ -188,7 +191,7 @@ class Failure(Exception):
     body: bytes = b""  # what the upstream sent, for the log
     status: int = 0
     outcome: str = ""
-    type: str = ""
+    type: str = field(init=False)
     param: str | None = None
     headers: dict[str, str] = field(default_factory=dict)
 
@@ -220,12 +223,12 @@ class Relay:
 
     def __init__(self, parser: EventParser) -> None:
         self.parser = parser
-        self.body_start = bytearray()  # without blanks before it
-        self.is_document = False  # the body is one JSON document, not a stream
+        self.body_start = bytearray()  # without blanks before it; also for the log
+        self.document = bytearray()  # a body that is one JSON document, not a stream
         self.events_received = 0
         self.events_sent = 0
         self.choices: dict[str, bool] = {}  # index: it has a `finish_reason`
-        self.malformed = b""  # a payload that is not a JSON object
+        self.malformed = False  # a payload is not a JSON object
         self.done = False
         # Raised by `relay_answer`, after the events before it have been written.
         self.failure: Failure | None = None
@@ -237,21 +240,19 @@ class Relay:
 
     def feed(self, piece: bytes) -> bytes:
         """Returns the events to send after this piece, each as b"data: PAYLOAD\\n\\n"."""
-        is_first = not self.body_start
-        if is_first:
+        if not self.body_start:
             piece = piece.lstrip(BOM + WHITE_SPACE)
-            # The first byte decides the kind of body: Content-Type is often wrong.
-            self.is_document = piece.startswith((b"{", b"["))
         if len(self.body_start) < 2000:
             self.body_start += piece[:2000]
+        # The first byte decides the kind of body: Content-Type is often wrong.
         if self.body_start.startswith(b"<"):
             self.failure = Failure("upstream_error", cause="an HTML page", body=piece)
             return b""
-        # The parser gets a document as the data of one event.
-        if self.is_document:
-            piece = on_one_line(piece)
-            if is_first:
-                piece = b"data: " + piece
+        if self.body_start.startswith((b"{", b"[")):
+            self.document += piece
+            if len(self.document) > self.parser.limit:
+                self.failure = Failure("event_too_large")
+            return b""
         return self.relay_events(self.parser.feed(piece))
 
     def close(self, error: Exception | None = None) -> bytes:
@@ -259,23 +260,33 @@ class Relay:
 
         Decides whether an answer without [DONE] is complete.
         """
-        # The last event lacks its empty line. If it is malformed, it was cut off.
-        out = self.relay_events(self.parser.close())
-        if self.malformed and (not self.is_document or looks_cut_off(self.malformed)):
+        if self.document:
+            document = bytes(self.document).strip(WHITE_SPACE)
+            out = self.relay_events([(b"", document)])
+            # Without choices, it is not an answer, even if it has `usage`.
+            if not self.choices:
+                out = b""
+                self.events_sent = 0
+            is_cut_off = self.malformed and looks_cut_off(document)
+        else:
+            out = self.relay_events(self.parser.close())
+            # The last event lacks its empty line. If it is malformed, it was cut off.
+            is_cut_off = self.malformed
+        if is_cut_off:
             self.failure = truncation(error)
         if self.done or self.failure:
             return out
-        if self.all_finished or (self.is_document and self.choices and not error):
+        if self.all_finished or (self.document and self.choices and not error):
             self.done = True
             return out + DONE
         if error or self.events_sent:
             self.failure = truncation(error)
-            return out
-        body = bytes(self.body_start)
-        is_stream = re.match(rb"(data|event|id|retry)?:|$", body)
-        is_empty = is_stream and not self.events_received
-        code = "empty_stream" if is_empty else "upstream_invalid"
-        self.failure = Failure(code, cause="no chunk in the body", body=body)
+        elif self.events_received or self.parser.saw_unknown_field:
+            cause = "no chunk in the body"
+            body = bytes(self.body_start)
+            self.failure = Failure("upstream_invalid", cause=cause, body=body)
+        else:
+            self.failure = Failure("empty_stream")
         return out
 
     def relay_events(self, events: Iterable[tuple[bytes, bytes]]) -> bytes:
@@ -294,7 +305,7 @@ class Relay:
         except OverflowError:
             self.failure = Failure("event_too_large")
         except ValueError:
-            self.malformed = data.strip()
+            self.malformed = True
             cause = "not a JSON object"
             self.failure = Failure("upstream_invalid", cause=cause, body=data)
         return b"".join(out)
@@ -322,13 +333,11 @@ class Relay:
         payload = self.check_chunk(chunk, data)
         if payload:
             self.events_sent += 1
-        return on_one_line(payload)
+        # A line end would end the event. In JSON, it is white space.
+        return payload.replace(b"\r", b" ").replace(b"\n", b" ")
 
     def check_chunk(self, chunk: dict[str, Any], data: bytes) -> bytes:
         choices = chunk.get("choices")
-        # Without choices, a document is not an answer, even if it has `usage`.
-        if self.is_document and not is_list_of_objects(choices):
-            return b""
         if not isinstance(choices, list):
             if not chunk.get("usage"):  # {"type": "ping"}
                 return b""
@@ -350,11 +359,6 @@ class Relay:
         if not changed:
             return data
         return encode_json(chunk | {"object": "chat.completion.chunk"})
-
-
-def on_one_line(payload: bytes) -> bytes:
-    """A line end would end the event. In JSON, it is white space."""
-    return payload.replace(b"\r", b" ").replace(b"\n", b" ")
 
 
 # ---- One stream, from the request to the last byte -----------------------------------
@@ -390,8 +394,8 @@ class Exchange:
         self.response: web.StreamResponse | None = None  # None: not begun
         self.bytes_written = 0  # of events and heartbeats
         self.is_writing = False  # we wait for a slow client
-        self.is_ending = False  # its end is decided: nothing may be added
-        self.outcome = "client_gone"  # until the kernel has taken all of it
+        self.is_ending = False  # complete or stopped: no events may be added
+        self.is_sent = False  # the kernel has taken all of it
         self.failure: Failure | None = None
         self.client_stall = Stall()  # how long the client has taken nothing
 
@@ -400,7 +404,7 @@ class Exchange:
         self.body_received = False
         self.upstream_answer: aiohttp.ClientResponse | None = None
         self.may_be_paid = False  # the upstream may charge for this request
-        self.is_event_stream = False  # the answer, as far as we know
+        self.is_event_stream = False  # our answer; otherwise, it is JSON
         # Kept, so that the task is not garbage-collected.
         self.heartbeat: asyncio.Task[None] | None = None
         self.first_event_seconds = 0.0  # 0: none yet
@@ -448,7 +452,7 @@ class Exchange:
         self.is_ending = True
         response = self.response or await self.begin(response)
         await response.write_eof(last)
-        self.outcome = "completed"
+        self.is_sent = True
 
     def stop(self, failure: Failure) -> None:
         """Ends the exchange. The client gets this failure."""
@@ -521,12 +525,8 @@ async def relay_answer(
     while not relay.done:
         if relay.failure:
             raise relay.failure
-        try:
-            piece = await answer.content.readany()
-        except UPSTREAM_ERRORS as error:
-            out = relay.close(error)
-        else:
-            out = relay.feed(piece) if piece else relay.close()
+        piece, error = await read_piece(answer.content)
+        out = relay.feed(piece) if piece else relay.close(error)
         if out and not exchange.first_event_seconds:
             exchange.first_event_seconds = time.monotonic() - exchange.started
         # Set before the write: nothing may follow [DONE].
@@ -534,6 +534,20 @@ async def relay_answer(
             exchange.is_ending = True
         if out:
             await exchange.write(out)
+
+
+async def read_piece(
+    content: aiohttp.StreamReader,
+) -> tuple[bytes, Exception | None]:
+    """Returns b"" at the end of the body, with what broke the connection, if it broke.
+
+    A function of its own: the exception may be one that aiohttp shares between all
+    answers. Its traceback keeps in memory every frame that it went through.
+    """
+    try:
+        return await content.readany(), None
+    except UPSTREAM_ERRORS as error:
+        return b"", error
 
 
 class UpstreamAnswer(aiohttp.ClientResponse):
@@ -643,7 +657,7 @@ async def watch(server: Chatstream) -> None:
         settings.idle_seconds, settings.write_seconds, settings.heartbeat_seconds
     )
     while True:
-        await asyncio.sleep(min(1.0, shortest_limit / 10))
+        await asyncio.sleep(max(0.01, min(1.0, shortest_limit / 10)))
         check_exchanges(server)
 
 
@@ -932,7 +946,7 @@ async def open_upstream(
     is_compressed = encoding not in ("", "identity", "none")
     if 200 <= answer.status < 300 and not is_compressed:
         return answer
-    # A heartbeat must no longer send a 200.
+    # Our answer is an error in JSON: a heartbeat must no longer send a 200.
     exchange.is_event_stream = False
     if 400 <= answer.status < 500:
         exchange.may_be_paid = False
@@ -1149,6 +1163,7 @@ def route(server: Chatstream, request: web.BaseRequest) -> Handler:
     methods = ["POST"] if handler is chat else ["GET", "HEAD"]
     if request.method not in methods:
         raise Failure("method_not_allowed", headers={"Allow": ", ".join(methods)})
+    # This makes /readyz answer 503, too.
     if server.draining and path not in ("/healthz", "/metrics"):
         raise Failure("server_draining")
     if is_post and not is_plain_json(request):
@@ -1189,7 +1204,7 @@ def has_token(request: web.BaseRequest, token: str) -> bool:
     if not token:
         return True
     scheme, _, sent = request.headers.get("Authorization", "").partition(" ")
-    given = sent.encode(errors="surrogateescape")
+    given = sent.strip().encode(errors="surrogateescape")
     # In constant time: how long it takes must not show where the two differ.
     is_same = hmac.compare_digest(given, token.encode())
     return is_same and scheme.lower() == "bearer"
@@ -1235,10 +1250,12 @@ class Chatstream:
             )
         # ValueError: on Windows, a port cannot be shared.
         except (OSError, ValueError) as error:
-            raise BadSetting(
-                f"cannot listen on CHATSTREAM_HOST={settings.host}, "
-                f"CHATSTREAM_PORT={settings.port} (0 picks a free one): {error}"
-            ) from None
+            message = f"cannot listen on CHATSTREAM_HOST={settings.host}: {error}"
+            if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+                message = (
+                    f"CHATSTREAM_PORT={settings.port} is in use; 0 picks a free one"
+                )
+            raise BadSetting(message) from None
         self.session = open_session(settings, self.proxy)
         self.watcher = asyncio.create_task(watch(self))
         [site] = self.runner.sites
@@ -1347,7 +1364,6 @@ async def upstream_models(exchange: Exchange) -> list[str]:
 
 
 async def show_health(exchange: Exchange) -> None:
-    """During the drain, `route` refuses /readyz, but not /healthz."""
     await exchange.finish(web.json_response({"status": "ok"}))
 
 
@@ -1391,7 +1407,12 @@ class Histogram:
 def count_and_log(exchange: Exchange) -> None:
     """Counts a finished exchange under one outcome, and writes its log line."""
     failure = exchange.failure
-    outcome = failure.outcome if failure else exchange.outcome
+    if failure:
+        outcome = failure.outcome
+    elif exchange.is_sent:
+        outcome = "completed"
+    else:
+        outcome = "client_gone"
     request = exchange.request
     events = exchange.relay.events_sent if exchange.relay else 0
     total_seconds = time.monotonic() - exchange.started
@@ -1405,7 +1426,7 @@ def count_and_log(exchange: Exchange) -> None:
         if outcome != "rejected":
             server.duration.observe(total_seconds)
 
-    if is_chat or failure:
+    if is_chat or (failure and failure.outcome != "rejected"):
         status = exchange.response.status if exchange.response else "-"
         cause = cause_of(exchange, failure) if failure else ""
         logger.info(
@@ -1495,7 +1516,10 @@ OPEN_PATHS = ("/healthz", "/readyz", "/metrics")  # `route` guards all others
 
 
 class BadSetting(argparse.ArgumentTypeError):
-    """The server cannot start with these settings; the message says why."""
+    """The server cannot start with these settings; the message says why.
+
+    argparse shows the message of an ArgumentTypeError as it is.
+    """
 
 
 class Settings(argparse.Namespace):
@@ -1592,13 +1616,13 @@ def add_settings(parser: argparse.ArgumentParser, environ: Mapping[str, str]) ->
 
 
 def positive_integer(text: str) -> int:
-    if int(text) < 1:
+    if not text.isdecimal() or int(text) == 0:
         raise ValueError
     return int(text)
 
 
 def port_number(text: str) -> int:
-    if not 0 <= int(text) <= 65535:
+    if not text.isdecimal() or int(text) > 65535:
         raise ValueError
     return int(text)
 
@@ -1628,7 +1652,7 @@ def names(text: str) -> tuple[str, ...]:
     return found
 
 
-HOST = r"(\[[0-9A-Fa-f:.]+\]|[\w.-]+)(:\d{1,5})?"  # perhaps with a port
+HOST = r"(\[[0-9A-Fa-f:.]+\]|[\w.-]*\w\.?)(:\d{1,5})?"  # perhaps with a port
 
 
 def host_names(text: str) -> tuple[str, ...]:
@@ -1644,7 +1668,7 @@ def base_url(text: str) -> str:
     """Returns the URL without a slash at its end."""
     url = text.rstrip("/")
     if "@" in url:  # not shown: it may contain a password
-        raise BadSetting("the URL must not contain a user")
+        raise BadSetting("the URL must not contain @, so no user and no password")
     if url.endswith("/chat/completions"):
         raise BadSetting(f"{url!r}: leave out /chat/completions")
     if text and not is_http_url(url):
@@ -1654,12 +1678,12 @@ def base_url(text: str) -> str:
 
 
 def is_http_url(url: str) -> bool:
-    """True for http(s) with a valid host, at most a user before it and a path after it."""
+    """True for http(s) with a valid host, perhaps with a user before and a path after it."""
     if not re.fullmatch(rf"(?i)https?://([^/?#\s]+@)?{HOST}(/[^@?#\s]*)?", url):
         return False
     try:
         parts = urlsplit(url)
-        host = str(parts.hostname)
+        host = parts.hostname or ""
         if ":" in host:
             ipaddress.IPv6Address(host)
         host.encode("idna")  # refuses a label of more than 63 letters
@@ -1742,6 +1766,7 @@ DEMO_MODELS = (
     "demo-error",
     "demo-rate-limit",
 )
+FAILING_MODELS = ("demo-cut-off", "demo-error")  # halfway
 DEMO_ANSWER = """\
 This is the **built-in demo**: there is no model behind it. You asked:
 
@@ -1797,7 +1822,7 @@ async def demo_upstream(
     for part in demo_parts(model, answer):
         await response.write(b"data: %b\n\n" % encode_json(completion | part))
         await asyncio.sleep(0.02)
-    if model != "demo-cut-off":
+    if model not in FAILING_MODELS:
         await response.write(DONE)
     return response
 
@@ -1819,7 +1844,7 @@ def whole_answer(question: str, answer: str) -> dict[str, object]:
 def demo_parts(model: str, answer: str) -> Iterator[dict[str, object]]:
     """What each chunk of a streamed answer adds to the common fields."""
     words = re.findall(r"\s*\S+\s*", answer)
-    if model in ("demo-cut-off", "demo-error"):
+    if model in FAILING_MODELS:
         words = words[: len(words) // 2]
     deltas = [{"role": "assistant", "content": ""}]
     deltas += [{"content": word} for word in words]
@@ -1846,7 +1871,7 @@ async def serve(settings: Settings) -> None:
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(on_loop_error)
     stopping = asyncio.Event()
-    on_signal(lambda *_: loop.call_soon_threadsafe(stopping.set))
+    handle_signals(lambda: loop.call_soon_threadsafe(stopping.set))
     async with AsyncExitStack() as stack:
         upstream = settings.base_url or OPENAI_URL
         if not settings.api_key and not settings.base_url:
@@ -1864,18 +1889,29 @@ async def serve(settings: Settings) -> None:
             print(f"  models:   {', '.join(settings.model)}", flush=True)
             print("  to stop:  Ctrl+C", flush=True)
         await stopping.wait()
-        # `timeout` and `npm run` repeat a Ctrl+C that we have already received.
-        loop.call_later(0.5, on_signal, lambda *_: os._exit(1))
         await server.drain()
     # A normal exit would wait for pending DNS lookups, and a broken stdout would change
     # the exit status.
     os._exit(0)
 
 
-def on_signal(action: Callable[..., object]) -> None:
+def handle_signals(stop: Callable[[], object]) -> None:
+    """The first SIGINT or SIGTERM calls `stop`. A second one ends the process at once."""
+    first_signal = 0.0
+
+    def on_signal(*_: object) -> None:
+        nonlocal first_signal
+        now = time.monotonic()
+        if not first_signal:
+            first_signal = now
+            stop()
+        # `timeout` and `npm run` repeat a Ctrl+C that we have already received.
+        elif now - first_signal > 0.5:
+            os._exit(1)
+
     # On Windows, the loop has no add_signal_handler.
-    signal.signal(signal.SIGINT, action)
-    signal.signal(signal.SIGTERM, action)
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
 
 
 def on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

@@ -1696,6 +1696,11 @@ class HonestStatus(ServerCase):
                 self.assertTrue((await self.answer_to(script)).is_complete)
 
 
+def exchanges_in_memory() -> int:
+    gc.collect()
+    return sum(isinstance(each, Exchange) for each in gc.get_objects())
+
+
 class BrokenConnections(ServerCase):
     """A connection that breaks is told as such, and is no fault of ours."""
 
@@ -1758,8 +1763,8 @@ class BrokenConnections(ServerCase):
         script = sends(SAID, FINISH, then=breaks_off)
         self.assertTrue((await self.answer_to(script)).is_complete)
 
-    async def test_broken_chunks_after_the_last_word(self) -> None:
-        """Nor does broken chunked encoding when all is said."""
+    async def body_with_broken_end(self) -> bytes:
+        """The answer to a client when broken chunked encoding follows the last word."""
         go_on = asyncio.Event()
 
         async def script(call: Call) -> None:
@@ -1773,7 +1778,16 @@ class BrokenConnections(ServerCase):
             async with self.asking(server.url) as response:
                 said = await response.content.readexactly(len(SAID + FINISH))
                 go_on.set()
-                self.assertEqual(said + await response.read(), SAID + FINISH + DONE)
+                return said + await response.read()
+
+    async def test_broken_chunks_after_the_last_word(self) -> None:
+        """Nor does broken chunked encoding when all is said."""
+        self.assertEqual(await self.body_with_broken_end(), SAID + FINISH + DONE)
+
+    async def test_nothing_stays_after_broken_chunks(self) -> None:
+        """Such an answer leaves nothing in memory, either."""
+        await self.body_with_broken_end()
+        await eventually(lambda: not exchanges_in_memory())
 
 
 class KindOfBody(ServerCase):
@@ -2646,11 +2660,6 @@ def pings(ping: bytes, *, then: Script, seconds: float = 60) -> Script:
         await then(call)
 
     return script
-
-
-def exchanges_in_memory() -> int:
-    gc.collect()
-    return sum(isinstance(each, Exchange) for each in gc.get_objects())
 
 
 class TimeLimits(ServerCase):
@@ -5573,7 +5582,8 @@ class Looks(PageCase):
             .filter((node) => getComputedStyle(node, "::after").content.includes("●"))
             .map((node) => node.textContent)"""
         page = await self.open()
-        for source in ("a\n\nend", "- a\n- end", "> a\n>\n> - end", "# end"):
+        sources = ("a\n\nend", "- a\n- end", "> a\n>\n> - end", "# end", "- # end")
+        for source in sources:
             with self.subTest(source):
                 self.answer_by(sends(text(source), then=hangs))
                 await page.click("New chat")
@@ -6263,6 +6273,18 @@ class Stop(PageCase):
         page = await self.begin(STALLS)
         await page.click("New chat")
         await asyncio.wait_for(self.calls[0].gone.wait(), PATIENCE)
+
+    async def test_just_after_the_network_failed(self) -> None:
+        """Taken away just after the network failed, and brought back, an answer is not running."""
+        page = await self.open_other_server(BREAKS)
+        await page.say("Hello")
+        await page.wait_for_text("Once")
+        await page.click("New chat")
+        await page.click("Undo")
+        self.answer_by(other_server(says("Good.")))
+        await page.ask("Two")
+        await page.find("button", "Regenerate", 0)
+        await page.find("button", "Regenerate", 1)
 
     async def test_closed_tab(self) -> None:
         """Leaving the page ends the upstream's request."""
@@ -7570,6 +7592,11 @@ LINKS = [
     Row(
         "<b@c.example>",
         '<p><a href="mailto:b@c.example">b@c.example</a></p>',
+    ),
+    Row("a[\\[1\\]](https://b.example)", '<p>a<a href="https://b.example">[1]</a></p>'),
+    Row(
+        "[`[`](https://a.example)",
+        '<p><a href="https://a.example"><code>[</code></a></p>',
     ),
     Row(
         "![a](https://a.example/b.png)",
