@@ -4439,7 +4439,7 @@ class Drain(ServerCase):
         """So does a list of models that the upstream is slow to send."""
         go_on = asyncio.Event()
         script = waits_for(go_on, responds(200, {"data": [{"id": "a"}]}))
-        async with self.program(script, model="*") as program:
+        async with self.program(script, model="*", connect_seconds=60) as program:
             asking = asyncio.create_task(self.get(program.url + "/v1/models"))
             await self.upstream.next_call()
             program.signal(signal.SIGTERM)
