@@ -623,7 +623,7 @@ def enforce_limits(exchange: Exchange, settings: Settings) -> None:
     # Some upstreams leave the connection open after their last event.
     elif relay.all_finished and silent >= SECONDS_AFTER_FINISH:
         # Ends the read, too. `close` would let it raise an exception that aiohttp shares
-        # between all answers, and whose traceback would keep this one in memory.
+        # between all answers: its traceback would grow with each of them.
         abort_connection(upstream)
 
 
