@@ -223,12 +223,12 @@ class Relay:
 
     def __init__(self, parser: EventParser) -> None:
         self.parser = parser
-        self.body_start = bytearray()  # without blanks before it; also for the log
+        self.body_start = bytearray()  # without leading blanks
         self.document = bytearray()  # a body that is one JSON document, not a stream
         self.events_received = 0
         self.events_sent = 0
         self.choices: dict[str, bool] = {}  # index: it has a `finish_reason`
-        self.malformed = False  # a payload is not a JSON object
+        self.malformed = False  # there was a payload that is not a JSON object
         self.done = False
         # Raised by `relay_answer`, after the events before it have been written.
         self.failure: Failure | None = None
@@ -536,10 +536,10 @@ async def relay_answer(
             await exchange.write(out)
 
 
-async def read_piece(
-    content: aiohttp.StreamReader,
-) -> tuple[bytes, Exception | None]:
-    """Returns b"" at the end of the body, with what broke the connection, if it broke.
+async def read_piece(content: aiohttp.StreamReader) -> tuple[bytes, Exception | None]:
+    """Returns the next bytes, or b"" at the end of the body.
+
+    If the connection breaks, returns b"" and the exception.
 
     A function of its own: the exception may be one that aiohttp shares between all
     answers. Its traceback keeps in memory every frame that it went through.
@@ -616,7 +616,8 @@ def enforce_limits(exchange: Exchange, settings: Settings) -> None:
     # After broken chunked encoding, aiohttp loses the connection, but goes on waiting.
     if upstream.connection and upstream.connection.closed:
         if relay.all_finished:
-            upstream.close()  # ends the read in `relay_answer`
+            # Ends the read in `relay_answer`. There is no connection left to abort.
+            upstream.close()
         else:
             cause = "the connection was lost"
             exchange.stop(Failure("stream_truncated", cause=cause))
@@ -718,6 +719,7 @@ async def send_failure(exchange: Exchange, failure: Failure) -> None:
         "request_id": exchange.id,
     }
     body = encode_json({"error": error})
+    # `finish` sends this response only if nothing has been sent yet.
     response = web.json_response(
         body=body, status=failure.status, headers=failure.headers
     )
@@ -1668,7 +1670,7 @@ def base_url(text: str) -> str:
     """Returns the URL without a slash at its end."""
     url = text.rstrip("/")
     if "@" in url:  # not shown: it may contain a password
-        raise BadSetting("the URL must not contain @, so no user and no password")
+        raise BadSetting("the URL must not contain @ (no user, no password)")
     if url.endswith("/chat/completions"):
         raise BadSetting(f"{url!r}: leave out /chat/completions")
     if text and not is_http_url(url):
@@ -1739,6 +1741,8 @@ def streams_for_files(wanted: int) -> int:
         return wanted
     needed = 2 * wanted + 64
     limit, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return wanted
     raised = hard_limit
     # macOS reports no hard limit, but refuses to raise the limit that far.
     if hard_limit == resource.RLIM_INFINITY:
