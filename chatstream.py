@@ -490,6 +490,7 @@ async def chat(exchange: Exchange) -> None:
     if len(server.streams) >= server.max_streams:
         raise Failure("too_many_streams")
     server.streams.add(exchange)
+    # Does the same as `Relay`, only faster.
     relay = FastRelay(EventParser(settings.max_event_bytes))
     exchange.relay = relay
     answer = await forward_request(exchange, settings)
@@ -1031,7 +1032,7 @@ def connection_failure(error: Exception) -> Failure:
 async def status_failure(answer: aiohttp.ClientResponse) -> Failure:
     """Turns a bad answer into a Failure. A 4xx keeps the upstream's words."""
     status = answer.status
-    if status < 300:
+    if 200 <= status < 300:
         return Failure("upstream_invalid", cause="a compressed answer")
     body = b""
     # The body gives the reason, but is not worth a long wait.

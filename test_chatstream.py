@@ -58,7 +58,14 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from chatstream import Chatstream, EventParser, Exchange, Relay, read_settings
+from chatstream import (
+    Chatstream,
+    EventParser,
+    Exchange,
+    FastRelay,
+    Relay,
+    read_settings,
+)
 
 HERE = Path(__file__).parent
 # A wait longer than this many seconds means that what we wait for does not happen.
@@ -1033,8 +1040,19 @@ class Relayed:
 
 
 def relay_body(*pieces: bytes, aborted: bool = False, limit: int = 100_000) -> Relayed:
-    """Feeds the pieces of a body to a relay, up to the end of the body or of the connection."""
-    relay = Relay(EventParser(limit))
+    """Feeds the pieces of a body to a relay, up to the end of the body or of the connection.
+
+    The relay with the shortcut must do exactly the same as the one without.
+    """
+    plain, fast = (
+        relay_with(kind(EventParser(limit)), pieces, aborted)
+        for kind in (Relay, FastRelay)
+    )
+    assert plain == fast, f"{pieces!r}: {plain} without the shortcut, {fast} with it"
+    return plain
+
+
+def relay_with(relay: Relay, pieces: tuple[bytes, ...], aborted: bool) -> Relayed:
     out = b""
     for piece in pieces:
         if not relay.done and not relay.failure:
@@ -1218,6 +1236,78 @@ class Forwarding(unittest.TestCase):
             with self.subTest(choice):
                 relayed = relay_body(SAID + event({"choices": [choice]}) + DONE)
                 self.assertEqual(relayed.code, "")
+
+
+PLAIN = b'data: {"choices":[{"delta":{"content":"plain"}}]}\n\n'
+
+
+@dataclass
+class Variant:
+    """How an event may differ from `PLAIN`, so that a shortcut could go wrong."""
+
+    name: str
+    sent: bytes
+
+
+VARIANTS = [
+    Variant("the same", PLAIN),
+    Variant("an empty text", PLAIN.replace(b"plain", b"")),
+    Variant("an escape", PLAIN.replace(b"plain", rb"a\n\u00e9\"")),
+    Variant("a broken escape", PLAIN.replace(b"plain", rb"\x")),
+    Variant("an escaped closing quote", PLAIN.replace(b"plain", b"\\")),
+    Variant("a quote that ends the text", PLAIN.replace(b"plain", b'a"b')),
+    Variant("a further key", PLAIN.replace(b"plain", b'a","b":"c')),
+    Variant("an error beside", PLAIN.replace(b"plain", b'a"},"error":{"message":"no')),
+    Variant("a control character", PLAIN.replace(b"plain", b"a\x01b")),
+    Variant("a tab", PLAIN.replace(b"plain", b"a\tb")),
+    Variant("other letters", PLAIN.replace(b"plain", "é你👩‍👩‍👧".encode())),
+    Variant("no UTF-8", PLAIN.replace(b"plain", b"\xff")),
+    Variant("a text that is no text", PLAIN.replace(b'"plain"', b"null")),
+    Variant("cut in the middle", PLAIN[:40] + b"\n\n"),
+    Variant("without its first half", b"data: " + PLAIN[40:]),
+    Variant("only the start and the end", PLAIN.replace(b'"plain"', b'"')),
+    Variant("another choice", PLAIN.replace(b'{"delta', b'{"index":1,"delta')),
+    Variant(
+        "a finish_reason", PLAIN.replace(b'{"delta', b'{"finish_reason":"a","delta')
+    ),
+    Variant("a whole message", PLAIN.replace(b"delta", b"message")),
+    Variant("another kind of text", PLAIN.replace(b"content", b"reasoning_content")),
+    Variant("a text outside of choices", b'data: {"content":"a"}\n\n'),
+    Variant("usage and a text", b'data: {"usage":{"content":"a"}}\n\n'),
+    Variant("on two lines", PLAIN.replace(b":[", b":\ndata: [")),
+    Variant("an error by its type", b"event: error\n" + PLAIN),
+    Variant("an error by its field", PLAIN.replace(b"data", b"error", 1)),
+    Variant("another type", b"event: message\n" + PLAIN),
+    Variant("null", b"data: null\n\n"),
+    Variant("plain text", b"data: plain\n\n"),
+    Variant("the end", DONE),
+]
+
+
+class Shortcut(unittest.TestCase):
+    """`FastRelay` does what `Relay` does, with less work (`relay_body` compares the two)."""
+
+    def test_variants(self) -> None:
+        """Two events of any kind after each other go out as without the shortcut."""
+        for first in VARIANTS:
+            for second in VARIANTS:
+                with self.subTest(f"{first.name}, then {second.name}"):
+                    relay_body(PLAIN + first.sent + second.sent + PLAIN)
+
+    def test_a_text_alone_is_not_decoded(self) -> None:
+        """A chunk that differs from the last one only in its text is not decoded."""
+        decoded = []
+
+        class Watched(FastRelay):
+            def check_chunk(self, chunk: Json, data: bytes) -> bytes:
+                decoded.append(chunk)
+                return super().check_chunk(chunk, data)
+
+        relay = Watched(EventParser(1000))
+        for words in ("a", "b", "", " [DONE] ", "e"):
+            self.assertEqual(relay.feed(text(words)), text(words))
+        self.assertEqual(len(decoded), 1)
+        self.assertEqual(relay.events_sent, 5)
 
 
 class EndOfAnAnswer(unittest.TestCase):
