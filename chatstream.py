@@ -792,7 +792,8 @@ async def listen(
 
 
 # ---- A shortcut ----------------------------------------------------------------------
-# Skip it at first: with `Relay` in its place, `chat` does the same, only slower.
+# Skip it at first: with `Relay` in its place, `chat` does the same, but an event costs
+# twice as much CPU time in a burst, and a sixth more when it comes alone.
 
 PLAIN_TEXT = re.compile(rb"[ !#-\[\]-~]*")  # ASCII that JSON does not escape
 # Also finds `reasoning_content`.
