@@ -1025,6 +1025,7 @@ class Relayed:
     code: str  # of the failure, or "" for a complete answer
     message: str
     status: int
+    events_sent: int
 
     @property
     def chunks(self) -> list[Any]:
@@ -1062,9 +1063,11 @@ def relay_with(relay: Relay, pieces: tuple[bytes, ...], aborted: bool) -> Relaye
     if relay.failure:
         assert not relay.done, "an answer is complete, or it failed"
         failure = relay.failure
-        return Relayed(out, failure.code, failure.message, failure.status)
+        return Relayed(
+            out, failure.code, failure.message, failure.status, relay.events_sent
+        )
     assert relay.done
-    return Relayed(out, "", "", 200)
+    return Relayed(out, "", "", 200, relay.events_sent)
 
 
 GREETING = "Grüße 👩‍👩‍👧 你好 \u2028\u2029\x85 data: [DONE]"
@@ -1243,7 +1246,7 @@ PLAIN = b'data: {"choices":[{"delta":{"content":"plain"}}]}\n\n'
 
 @dataclass
 class Variant:
-    """How an event may differ from `PLAIN`, so that a shortcut could go wrong."""
+    """An event that differs from `PLAIN` in a way that could mislead a shortcut."""
 
     name: str
     sent: bytes
@@ -1256,13 +1259,16 @@ VARIANTS = [
     Variant("a broken escape", PLAIN.replace(b"plain", rb"\x")),
     Variant("an escaped closing quote", PLAIN.replace(b"plain", b"\\")),
     Variant("a quote that ends the text", PLAIN.replace(b"plain", b'a"b')),
-    Variant("a further key", PLAIN.replace(b"plain", b'a","b":"c')),
-    Variant("an error beside", PLAIN.replace(b"plain", b'a"},"error":{"message":"no')),
+    Variant("an extra key", PLAIN.replace(b"plain", b'a","b":"c')),
+    Variant(
+        "an error beside the delta",
+        PLAIN.replace(b"plain", b'a"},"error":{"message":"no'),
+    ),
     Variant("a control character", PLAIN.replace(b"plain", b"a\x01b")),
     Variant("a tab", PLAIN.replace(b"plain", b"a\tb")),
     Variant("other letters", PLAIN.replace(b"plain", "é你👩‍👩‍👧".encode())),
-    Variant("no UTF-8", PLAIN.replace(b"plain", b"\xff")),
-    Variant("a text that is no text", PLAIN.replace(b'"plain"', b"null")),
+    Variant("invalid UTF-8", PLAIN.replace(b"plain", b"\xff")),
+    Variant("null instead of a text", PLAIN.replace(b'"plain"', b"null")),
     Variant("cut in the middle", PLAIN[:40] + b"\n\n"),
     Variant("without its first half", b"data: " + PLAIN[40:]),
     Variant("only the start and the end", PLAIN.replace(b'"plain"', b'"')),
@@ -1272,7 +1278,7 @@ VARIANTS = [
     ),
     Variant("a whole message", PLAIN.replace(b"delta", b"message")),
     Variant("another kind of text", PLAIN.replace(b"content", b"reasoning_content")),
-    Variant("a text outside of choices", b'data: {"content":"a"}\n\n'),
+    Variant("a text outside `choices`", b'data: {"content":"a"}\n\n'),
     Variant("usage and a text", b'data: {"usage":{"content":"a"}}\n\n'),
     Variant("on two lines", PLAIN.replace(b":[", b":\ndata: [")),
     Variant("an error by its type", b"event: error\n" + PLAIN),
@@ -1288,13 +1294,22 @@ class Shortcut(unittest.TestCase):
     """`FastRelay` does what `Relay` does, with less work (`relay_body` compares the two)."""
 
     def test_variants(self) -> None:
-        """Two events of any kind after each other go out as without the shortcut."""
+        """Any two events in a row go out as they would without the shortcut."""
         for first in VARIANTS:
             for second in VARIANTS:
                 with self.subTest(f"{first.name}, then {second.name}"):
                     relay_body(PLAIN + first.sent + second.sent + PLAIN)
 
-    def test_a_text_alone_is_not_decoded(self) -> None:
+    def test_a_text_in_the_index(self) -> None:
+        """A choice's `index` may be anything: its text must not steer the end of the answer."""
+        choices = (
+            b'{"index":{"content":"a"}}',
+            b'{"index":{"content":"b"}}',
+            b'{"finish_reason":"stop","index":{"content":"a"}}',
+        )
+        relay_body(*(event(b'{"choices":[%b]}' % choice) for choice in choices))
+
+    def test_a_change_of_text_is_not_decoded(self) -> None:
         """A chunk that differs from the last one only in its text is not decoded."""
         decoded = []
 
