@@ -22,6 +22,7 @@ import argparse
 import asyncio
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -347,6 +348,9 @@ def measure(pid: int, url: str, work: Work) -> Result:
     cpu_before = cpu_seconds(pid)
     delays, largest = load(url, work, pid)
     cpu = cpu_seconds(pid) - cpu_before
+    # Without a pause, the upstream's events do not say when they were sent.
+    if not work.pause:
+        delays = {"p50": math.nan, "p99": math.nan}
     return Result(
         cpu_us_per_event=1e6 * cpu / work.streams / work.events,
         cpu_us_per_stream=1e6 * cpu / work.streams,
