@@ -1649,6 +1649,16 @@ FAULTS = [
         "a redirect", responds(307, b"", {"Location": "/v1/x"}), 502, "upstream_error"
     ),
     Fault(
+        "another protocol",
+        sends_raw(
+            b"HTTP/1.1 101 Switching Protocols\r\n"
+            b"Connection: upgrade\r\nUpgrade: websocket\r\n\r\n",
+            then=ends,
+        ),
+        502,
+        "upstream_error",
+    ),
+    Fault(
         "an error first",
         sends(event(BUSY)),
         502,
