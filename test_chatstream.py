@@ -1533,7 +1533,8 @@ MALFORMED = [
     Malformed("a lone half of a pair", b'{"choices":[]},{"choices":[{}'),
     Malformed("the other half", b"{}]}"),
     Malformed(
-        "a number without end in a whole answer", b'{"choices":[{"message":1e999}]}'
+        "a number without end in a whole answer",
+        b'{"choices":[{"index":1,"message":1e999}]}',
     ),
 ]
 
