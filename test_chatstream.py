@@ -8006,6 +8006,13 @@ class Streaming(PageCase):
         await page.wait_for_end()
         self.assertEqual(await page.run("getSelection().toString()"), selected)
 
+    async def test_a_paragraph_of_very_many_signs(self) -> None:
+        """All of its text is shown, though its end is not formatted: WebKit would take long."""
+        page = await self.open()
+        signs = "[ " * 5000
+        html = await page.call_function(OUTLINE, f"**a** {signs}**b**")
+        self.assertEqual(html, f"<p><strong>a</strong> {signs}**b**</p>")
+
     async def test_hostile_texts(self) -> None:
         """No text takes long or overflows the stack, however its marks are nested or left open."""
         page = await self.open()
