@@ -1379,6 +1379,11 @@ class EndOfAnAnswer(unittest.TestCase):
         relayed = relay_body(SAID + FINISH, aborted=True)
         self.assertEqual((relayed.out, relayed.code), (SAID + FINISH + DONE, ""))
 
+    def test_a_connection_that_breaks_after_an_unfinished_document(self) -> None:
+        """If the connection broke, a JSON document needs a `finish_reason` to be complete."""
+        body = b'{"choices":[{"message":{"content":"Hi"}}]}'
+        self.assertEqual(relay_body(body, aborted=True).code, "stream_truncated")
+
     def test_a_connection_that_breaks_before_the_end(self) -> None:
         """A connection that breaks before that is a truncation."""
         relayed = relay_body(SAID, aborted=True)
