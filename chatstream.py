@@ -552,14 +552,13 @@ async def read_piece(content: aiohttp.StreamReader) -> tuple[bytes, Exception | 
     """Returns the next bytes, or b"" at the end of the body.
 
     If the connection breaks, returns b"" and the exception.
-
-    A function of its own: the exception may be one that aiohttp shares between all
-    answers. Its traceback keeps in memory every frame that it went through.
     """
     try:
         return await content.readany(), None
     except UPSTREAM_ERRORS as error:
-        return b"", error
+        # aiohttp shares some exceptions between all answers. With its traceback, such a
+        # one would keep every stream in memory that it went through.
+        return b"", error.with_traceback(None)
 
 
 class UpstreamAnswer(aiohttp.ClientResponse):

@@ -63,6 +63,7 @@ from chatstream import (
     EventParser,
     Exchange,
     FastRelay,
+    Histogram,
     Relay,
     read_settings,
 )
@@ -3804,6 +3805,13 @@ class Metrics(ServerCase):
         for histogram in (FIRST_CHUNK, DURATION):
             bounds = re.findall(histogram + r'_bucket\{le="(.+)"\}', text)
             self.assertEqual([float(bound) for bound in bounds], expected)
+
+    def test_a_bucket_includes_its_bound(self) -> None:
+        """A value is in the buckets whose bound is not below it, the equal one included."""
+        histogram = Histogram()
+        histogram.observe(0.02)
+        counts = re.findall(r'le="(0.01|0.02|0.04)"} (\d)', histogram.samples("a"))
+        self.assertEqual(counts, [("0.01", "0"), ("0.02", "1"), ("0.04", "1")])
 
     async def test_histograms(self) -> None:
         """An answer is observed once in each histogram, in every bucket that holds it."""
