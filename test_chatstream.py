@@ -605,6 +605,8 @@ class ServerCase(unittest.IsolatedAsyncioTestCase):
         root = logging.getLogger()
         root.addHandler(self.log)
         self.addCleanup(root.removeHandler, self.log)
+        # A traceback keeps the exchange in memory that it went through.
+        self.addCleanup(self.log.records.clear)
         self.addCleanup(root.setLevel, root.level)
         root.setLevel(logging.INFO)
         self.addCleanup(self.check_log)
