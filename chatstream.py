@@ -247,6 +247,7 @@ class Relay:
 
     def feed(self, piece: bytes) -> bytes:
         """Returns the events to send after this piece, each as b"data: PAYLOAD\\n\\n"."""
+        # Once an event was sent, it is clear what kind of body this is.
         if self.events_sent:
             return self.relay_events(self.parser.feed(piece))
         if not self.body_start:
