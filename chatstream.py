@@ -247,7 +247,7 @@ class Relay:
 
     def feed(self, piece: bytes) -> bytes:
         """Returns the events to send after this piece, each as b"data: PAYLOAD\\n\\n"."""
-        # Once an event was sent, it is clear what kind of body this is.
+        # Once an event has been sent, the kind of body is known.
         if self.events_sent:
             return self.relay_events(self.parser.feed(piece))
         if not self.body_start:
@@ -557,8 +557,8 @@ async def read_piece(content: aiohttp.StreamReader) -> tuple[bytes, Exception | 
     try:
         return await content.readany(), None
     except UPSTREAM_ERRORS as error:
-        # aiohttp shares some exceptions between all answers. With its traceback, such a
-        # one would keep every stream in memory that it went through.
+        # aiohttp shares some exceptions between all answers. The traceback of such an
+        # exception would grow with each answer, and keep all of them in memory.
         return b"", error.with_traceback(None)
 
 
@@ -615,7 +615,7 @@ def enforce_limits(exchange: Exchange, settings: Settings) -> None:
     relay = exchange.relay
     if not relay or exchange.is_ending:
         return
-    # For the body as a whole: one byte a second is not enough.
+    # This limit is for the whole body: sending a byte a second is not enough.
     elapsed = time.monotonic() - exchange.started
     if not exchange.body_received and elapsed >= settings.write_seconds:
         exchange.stop(Failure("request_timeout"))
@@ -804,12 +804,13 @@ TOKEN_TEXT = re.compile(rb'content": ?"(%b)"' % PLAIN_TEXT.pattern)
 class FastRelay(Relay):
     """Does not decode a chunk that differs from the last decoded one only in its text.
 
-    With another plain text, JSON remains valid, and `Relay` never looks at the text.
+    Another plain text leaves the JSON valid, and `Relay` never looks at the text.
     """
 
     def __init__(self, parser: EventParser) -> None:
         super().__init__(parser)
-        # What stood before and after the text in the last decoded chunk that had one.
+        # What stood before and after the text in the last chunk that was decoded, had a
+        # text and went out unchanged.
         self.before_text = b""
         self.after_text = b""
 
@@ -1449,6 +1450,8 @@ BUCKETS = [0.01 * 2**power for power in range(16)] + [math.inf]
 
 
 class Histogram:
+    """Counts how many values are in each bucket, and adds them up."""
+
     def __init__(self) -> None:
         self.counts = [0] * len(BUCKETS)
         self.sum = 0.0
