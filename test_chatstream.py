@@ -834,12 +834,14 @@ async def process(
         "NO_PROXY",
     )
     inherited = {k: v for k, v in os.environ.items() if not k.upper().startswith(ours)}
+    # To load the system's certificate authorities takes a fifth of the start.
+    usual = {"PYTHONWARNINGS": "default", "SSL_CERT_FILE": os.devnull}
     command = f'{prefix} exec "$@" {redirection}'
     with tempfile.TemporaryFile() as stderr:
         started = await asyncio.create_subprocess_exec(
             *("sh", "-c", command, "sh", sys.executable, *arguments),
             cwd=HERE,
-            env=inherited | {"PYTHONWARNINGS": "default"} | environment,
+            env=inherited | usual | environment,
             stderr=stderr,
             **({"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE} | options),
         )
@@ -2163,15 +2165,10 @@ class UpstreamRequest(ServerCase):
             path = Path(folder, ".netrc")
             path.write_text("default login me password secret\n")
             path.chmod(0o600)
-            async with scripted_upstream(SAYS_HI) as upstream:
-                environ = {
-                    "HOME": folder,
-                    "NETRC": str(path),
-                    "OPENAI_BASE_URL": upstream.url,
-                }
-                async with running_program(**environ) as program:
-                    self.assertTrue((await self.ask(program.url)).is_complete)
-        self.assertNotIn("authorization", upstream.calls[0].headers)
+            with mock.patch.dict(os.environ, HOME=folder, NETRC=str(path)):
+                async with serving() as server:
+                    self.assertTrue((await self.ask(server.url)).is_complete)
+        self.assertNotIn("authorization", server.upstream.calls[0].headers)
 
     async def test_redirects_are_not_followed(self) -> None:
         """A redirect is not followed: the key would travel along."""
@@ -3778,8 +3775,8 @@ class PageHeaders(ServerCase):
     async def test_no_forced_https(self) -> None:
         """No answer forces HTTPS upon every other port of this host, over HTTPS neither."""
         with certificate() as own:
-            async with running_program(OPENAI_API_KEY="sk-1", **own.served) as program:
-                answer = await self.get(program.url)
+            async with serving(tls_cert=own.path, tls_key=own.path) as server:
+                answer = await self.get(server.url)
         self.assertEqual(answer.status, 200)
         self.assertNotIn("Strict-Transport-Security", answer.headers)
 
