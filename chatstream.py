@@ -569,14 +569,10 @@ class UpstreamAnswer(aiohttp.ClientResponse):
     """
 
     def close(self) -> None:
-        abort_connection(self)
+        # Without a connection, the answer has been read to its end.
+        if self.connection and self.connection.transport:
+            self.connection.transport.abort()
         super().close()
-
-
-def abort_connection(answer: aiohttp.ClientResponse) -> None:
-    # Without a connection, the answer has been read to its end.
-    if answer.connection and answer.connection.transport:
-        answer.connection.transport.abort()
 
 
 # ---- Time limits ---------------------------------------------------------------------
@@ -630,18 +626,13 @@ def enforce_limits(exchange: Exchange, settings: Settings) -> None:
     if not upstream or not waits_for_upstream:
         return
     # After broken chunked encoding, aiohttp loses the connection, but goes on waiting.
-    if upstream.connection and upstream.connection.closed:
-        if relay.all_finished:
-            # Ends the read in `relay_answer`. There is no connection left to abort.
-            upstream.close()
-        else:
-            cause = "the connection was lost"
-            exchange.stop(Failure("stream_truncated", cause=cause))
+    is_lost = upstream.connection and upstream.connection.closed
     # Some upstreams leave the connection open after their last event.
-    elif relay.all_finished and silent >= SECONDS_AFTER_FINISH:
-        # Ends the read, too. `close` would let it raise an exception that aiohttp shares
-        # between all answers: its traceback would grow with each of them.
-        abort_connection(upstream)
+    if relay.all_finished and (is_lost or silent >= SECONDS_AFTER_FINISH):
+        upstream.close()  # ends the read in `relay_answer`
+    elif is_lost:
+        cause = "the connection was lost"
+        exchange.stop(Failure("stream_truncated", cause=cause))
 
 
 def needs_heartbeat(exchange: Exchange, settings: Settings) -> bool:
