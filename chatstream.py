@@ -66,8 +66,8 @@ BOM = b"\xef\xbb\xbf"  # the byte order mark, in UTF-8
 class EventParser:
     """Reads server-sent events from bytes that may be split anywhere.
 
-    Follows the WHATWG HTML standard, section 9.2.6, except where servers do not: see
-    `close` and `read_field`.
+    Follows the WHATWG HTML standard, section 9.2.6, except where servers and clients do
+    not: see `feed`, `close` and `read_field`.
     """
 
     def __init__(self, limit: int) -> None:
@@ -76,7 +76,7 @@ class EventParser:
         self.after_cr = False
         self.event_type = b""
         self.data = bytearray()  # of the event so far, with an LF after each line
-        self.saw_unknown_field = False
+        self.saw_unknown_field = False  # perhaps it is not an event stream at all
 
     def feed(self, piece: bytes) -> Iterator[tuple[bytes, bytes]]:
         """Yields the type (b"" if there is none) and the data of each complete event.
@@ -93,15 +93,16 @@ class EventParser:
             data = bytes(self.data[:-1])
             self.event_type = b""
             self.data.clear()
+            # Unlike in the standard, blank data is no event: no client can parse it.
             if data.strip():
                 yield event_type, data
-        # An incomplete line counts towards the limit, too, but not its field name.
+        # An incomplete line counts, too. It begins with its field name, which is not data.
         if len(self.partial_line) > self.limit + len("data: "):
             raise OverflowError
 
     def close(self) -> Iterator[tuple[bytes, bytes]]:
         """Like `feed`, for the end of the body. Many servers omit the last empty line."""
-        # The first LF ends the last line, the second one the event.
+        # The first LF ends the last line; the second one ends the event.
         return self.feed(b"\n\n")
 
     def complete_lines(self, piece: bytes) -> list[bytes]:
@@ -146,8 +147,8 @@ class EventParser:
 
 
 # ---- Errors --------------------------------------------------------------------------
-# Raise early, convert once: whatever goes wrong is raised as a Failure, and only
-# `send_failure` turns it into an answer.
+# Raise early, convert once: whatever goes wrong becomes a Failure, and only
+# `send_failure` turns it into a response.
 
 # fmt: off
 ERRORS = {  # code: (HTTP status, outcome in the metrics, message)
@@ -172,6 +173,7 @@ ERRORS = {  # code: (HTTP status, outcome in the metrics, message)
     "event_too_large": (502, "upstream_error", "The model server's answer is too large."),
     "empty_stream": (502, "upstream_error", "The model server sent an empty answer."),
     "stream_truncated": (502, "truncated", "The model server's answer was cut off."),
+    # The status is replaced by the upstream's own.
     "upstream_rejected": (400, "upstream_error", "The model server refused the request."),
     "too_many_streams": (503, "rejected", "Too many answers are being streamed right now."),
     "server_draining": (503, "rejected", "This server is shutting down."),
@@ -190,9 +192,9 @@ ERROR_TYPES = {  # HTTP status: `type` of the error; for all others "invalid_req
 
 @dataclass(eq=False)  # an exception must stay hashable
 class Failure(Exception):
-    """Why a request gets no complete answer. Fields that are not set come from ERRORS."""
+    """Why a request gets no complete answer. What is not set comes from ERRORS."""
 
-    code: str  # of ERRORS; `describe` may replace it with the upstream's own
+    code: str  # a key of ERRORS; `describe` may replace it with the upstream's code
     message: str = ""  # for the client
     cause: str = ""  # for the log
     body: bytes = b""  # what the upstream sent, for the log
@@ -230,12 +232,13 @@ class Relay:
 
     def __init__(self, parser: EventParser) -> None:
         self.parser = parser
-        self.body_start = bytearray()  # without leading blanks
+        # Without leading white space. It tells the kind of body, and is for the log.
+        self.body_start = bytearray()
         self.document = bytearray()  # a body that is one JSON document, not a stream
         self.events_received = 0
         self.events_sent = 0
-        self.choices: dict[int, bool] = {}  # index: it has a `finish_reason`
-        self.malformed = False  # there was a payload that is not a JSON object
+        self.choices: dict[int, bool] = {}  # index: whether it has a `finish_reason`
+        self.malformed = False  # a payload was not a JSON object
         self.done = False
         # Raised by `relay_answer`, after the events before it have been written.
         self.failure: Failure | None = None
@@ -247,7 +250,7 @@ class Relay:
 
     def feed(self, piece: bytes) -> bytes:
         """Returns the events to send after this piece, each as b"data: PAYLOAD\\n\\n"."""
-        # Once an event has been sent, the kind of body is known.
+        # Events have been sent, so the body is an event stream.
         if self.events_sent:
             return self.relay_events(self.parser.feed(piece))
         if not self.body_start:
@@ -271,18 +274,13 @@ class Relay:
         Decides whether an answer without [DONE] is complete.
         """
         if self.document:
-            document = bytes(self.document).strip(WHITE_SPACE)
-            out = self.relay_events([(b"", document)])
-            # Without choices, it is not an answer, even if it has `usage`.
-            if not self.choices:
-                out = b""
-                self.events_sent = 0
-            is_cut_off = self.malformed and looks_cut_off(document)
+            out, is_cut_off = self.relay_document()
         else:
             out = self.relay_events(self.parser.close())
             # The last event lacks its empty line. If it is malformed, it was cut off.
             is_cut_off = self.malformed
         if is_cut_off:
+            # Replaces the "upstream_invalid" of `relay_events`.
             self.failure = truncation(error)
         if self.done or self.failure:
             return out
@@ -298,6 +296,16 @@ class Relay:
         else:
             self.failure = Failure("empty_stream")
         return out
+
+    def relay_document(self) -> tuple[bytes, bool]:
+        """Returns the events to send, and whether the document is cut off."""
+        document = bytes(self.document).strip(WHITE_SPACE)
+        out = self.relay_events([(b"", document)])
+        # A document without choices is not an answer, even if it has `usage`.
+        if not self.choices:
+            out = b""
+            self.events_sent = 0
+        return out, self.malformed and looks_cut_off(document)
 
     def relay_events(self, events: Iterable[tuple[bytes, bytes]]) -> bytes:
         out = []
@@ -343,7 +351,7 @@ class Relay:
         payload = self.check_chunk(chunk, data)
         if payload:
             self.events_sent += 1
-        # A line end would end the event. In JSON, it is white space.
+        # A line end would end the event. In JSON, a space means the same.
         return payload.replace(b"\r", b" ").replace(b"\n", b" ")
 
     def check_chunk(self, chunk: dict[str, Any], data: bytes) -> bytes:
@@ -357,11 +365,11 @@ class Relay:
             if not isinstance(choice, dict):
                 continue
             index = choice.get("index")
-            # Choices without a number cannot be told apart.
+            # Choices without an index cannot be told apart: they count as one.
             if not isinstance(index, int):
                 index = 0
             if "message" in choice:
-                replace_message(choice, is_repetition=index in self.choices)
+                message_to_delta(choice, is_repetition=index in self.choices)
                 changed = True
             self.choices.setdefault(index, False)
             if len(self.choices) > MAX_CHOICES:
@@ -383,8 +391,8 @@ STREAM_HEADERS = {
     "X-Accel-Buffering": "no",
 }
 
-# What aiohttp raises if the connection to the upstream fails. RuntimeError: it was
-# already lost when we began to read.
+# What aiohttp raises if the connection to the upstream fails. RuntimeError: it was lost
+# before we began to read.
 UPSTREAM_ERRORS = (aiohttp.ClientError, HttpProcessingError, OSError, RuntimeError)
 
 
@@ -402,11 +410,12 @@ class Exchange:
         self.id = request_id(request)
         self.started = time.monotonic()
 
-        # The answer
-        self.response: web.StreamResponse | None = None  # None: not begun
+        # Our response
+        self.response: web.StreamResponse | None = None  # None until it begins
         self.bytes_written = 0  # of events and heartbeats
         self.is_writing = False  # we wait for a slow client
-        self.is_ending = False  # complete or stopped: no events may be added
+        # Its last bytes are decided: no heartbeat, and no other failure may follow.
+        self.is_ending = False
         self.is_sent = False  # the kernel has taken all of it
         self.failure: Failure | None = None
         self.client_stall = Stall()  # how long the client has taken nothing
@@ -415,34 +424,35 @@ class Exchange:
         self.relay: Relay | None = None
         self.body_received = False
         self.upstream_answer: aiohttp.ClientResponse | None = None
-        self.may_be_paid = False  # the upstream may charge for this request
-        self.is_event_stream = False  # our answer; otherwise, it is JSON
+        self.may_be_billed = False  # by the upstream
+        self.is_event_stream = False  # our response; otherwise, it is JSON
         # Kept, so that the task is not garbage-collected.
         self.heartbeat: asyncio.Task[None] | None = None
         self.first_event_seconds = 0.0  # 0: none yet
-        self.upstream_stall = Stall()  # how long no event has come
+        self.upstream_stall = Stall()  # how long the upstream has sent no event
         self.output_stall = Stall()  # how long we have written nothing
 
     async def begin(
         self, response: web.StreamResponse | None = None
     ) -> web.StreamResponse:
-        """Sends the status and the headers, those of an event stream if none are given.
+        """Sends the status and the headers: of this response, or 200 and an event stream.
 
         After that, they cannot change.
         """
         response = response or web.StreamResponse(headers=STREAM_HEADERS)
         response.headers.update(COMMON_HEADERS | {"X-Request-Id": self.id})
-        # A drain closes connections. In HTTP/1.0, only that ends a body.
+        # A drain closes connections. In HTTP/1.0, that is also what ends a body.
         if self.server.draining or self.request.version < (1, 1):
             response.force_close()
+        # Set before the wait: a heartbeat must not begin a second response.
         self.response = response
         await response.prepare(self.request)
         return response
 
     async def write(self, data: bytes) -> None:
-        """Writes events. Every 64 KB, aiohttp waits until the kernel has taken them.
+        """Writes events. Every 64 KB, aiohttp waits until the kernel has taken everything.
 
-        Meanwhile, nothing is read from the upstream, so it has to wait as well:
+        While we wait, we do not read from the upstream, so its sends have to wait, too:
         back-pressure.
         """
         response = self.response or await self.begin()
@@ -450,6 +460,7 @@ class Exchange:
         self.is_writing = True
         await response.write(data)
         self.is_writing = False
+        # `stop` was called while we waited.
         if self.failure:
             raise self.failure
 
@@ -467,7 +478,7 @@ class Exchange:
         self.is_sent = True
 
     def stop(self, failure: Failure) -> None:
-        """Ends the exchange. The client gets this failure."""
+        """Ends the exchange with a failure, for `enforce_limits` and for `drain`."""
         if self.is_ending:
             return
         self.is_ending = True
@@ -505,11 +516,11 @@ async def chat(exchange: Exchange) -> None:
                 async with asyncio.timeout(0.05):
                     await answer.content.wait_eof()
         else:
-            whole, completion = await read_document(answer, settings.max_event_bytes)
-            if not isinstance(completion, dict):
+            body, document = await read_document(answer, settings.max_event_bytes)
+            if not isinstance(document, dict):
                 cause = "not a JSON object"
-                raise Failure("upstream_invalid", cause=cause, body=whole)
-            await exchange.finish(web.json_response(body=whole))
+                raise Failure("upstream_invalid", cause=cause, body=body)
+            await exchange.finish(web.json_response(body=body))
 
 
 async def forward_request(
@@ -517,7 +528,7 @@ async def forward_request(
 ) -> aiohttp.ClientResponse:
     """Sends the request upstream, and returns a successful answer. Raises Failure.
 
-    A function of its own, so that the request is not kept while the answer runs.
+    A function of its own, so that the request's body is freed before the answer streams.
     """
     body = await read_request(exchange, settings)
     exchange.body_received = True
@@ -542,7 +553,7 @@ async def relay_answer(
         out = relay.feed(piece) if piece else relay.close(error)
         if out and not exchange.first_event_seconds:
             exchange.first_event_seconds = time.monotonic() - exchange.started
-        # Set before the write: nothing may follow [DONE].
+        # Set before the write: no heartbeat and no failure may follow [DONE].
         if relay.done:
             exchange.is_ending = True
         if out:
@@ -565,11 +576,13 @@ async def read_piece(content: aiohttp.StreamReader) -> tuple[bytes, Exception | 
 class UpstreamAnswer(aiohttp.ClientResponse):
     """Closes by aborting the connection: unread tokens cost money.
 
-    aiohttp calls `close` itself if we are cancelled before the headers arrive.
+    Otherwise, the upstream may notice late: a connection first sends what is buffered,
+    and over TLS says goodbye. aiohttp also calls `close` if we are cancelled before the
+    headers arrive.
     """
 
     def close(self) -> None:
-        # Without a connection, the answer has been read to its end.
+        # It has no connection any more once it has been read to its end.
         if self.connection and self.connection.transport:
             self.connection.transport.abort()
         super().close()
@@ -590,11 +603,11 @@ class Stall:
         self.since = time.monotonic()
 
     def update(self, value: int, is_waiting: bool) -> float:
-        """Returns the seconds that we have waited. `value` is the current one."""
+        """Returns the seconds that we have waited."""
         now = time.monotonic()
         if value > self.value or not is_waiting:
             self.since = now
-        # The bytes taken can shrink: the unsent ones include headers and framing.
+        # It may also shrink: the unsent bytes include headers and framing.
         self.value = value
         return now - self.since
 
@@ -605,13 +618,13 @@ def enforce_limits(exchange: Exchange, settings: Settings) -> None:
     bytes_taken = exchange.bytes_written - unsent
     stalled = exchange.client_stall.update(bytes_taken, is_waiting=unsent > 0)
     if stalled >= settings.write_seconds:
-        # aiohttp cancels the handler, as it does for a closed tab.
+        # aiohttp then cancels the handler, as it does for a closed tab.
         exchange.transport.abort()
 
-    relay = exchange.relay
+    relay = exchange.relay  # only a chat completion has one
     if not relay or exchange.is_ending:
         return
-    # This limit is for the whole body: sending a byte a second is not enough.
+    # The limit is for the whole request body: sending a byte a second is not enough.
     elapsed = time.monotonic() - exchange.started
     if not exchange.body_received and elapsed >= settings.write_seconds:
         exchange.stop(Failure("request_timeout"))
@@ -636,6 +649,7 @@ def enforce_limits(exchange: Exchange, settings: Settings) -> None:
 
 
 def needs_heartbeat(exchange: Exchange, settings: Settings) -> bool:
+    """True if the client has been waiting for the heartbeat interval."""
     is_waiting = exchange.is_event_stream and not unsent_bytes(exchange.transport)
     quiet = exchange.output_stall.update(exchange.bytes_written, is_waiting)
     return quiet >= settings.heartbeat_seconds
@@ -652,7 +666,7 @@ async def send_heartbeat(exchange: Exchange) -> None:
 
 
 def unsent_bytes(transport: asyncio.Transport) -> int:
-    # asyncio's TLS transport raises this once it is closed.
+    # asyncio's TLS transport raises AttributeError once it is closed.
     with suppress(AttributeError):
         return transport.get_write_buffer_size()
     return 0
@@ -687,7 +701,10 @@ def check_exchanges(server: Chatstream) -> None:
 
 
 async def handle(server: Chatstream, request: web.BaseRequest) -> web.StreamResponse:
-    """Called by aiohttp for each request. Each one begins and ends here."""
+    """Called by aiohttp for each request. Each one begins and ends here.
+
+    Its handler is in ROUTES.
+    """
     if not request.transport:
         return web.Response()  # the client has already left
     exchange = Exchange(server, request, request.transport)
@@ -711,12 +728,15 @@ async def handle(server: Chatstream, request: web.BaseRequest) -> web.StreamResp
         server.exchanges.discard(exchange)
         server.streams.discard(exchange)
         count_and_log(exchange)
+    # aiohttp does not send a response that has been sent.
     return exchange.response or web.Response()
 
 
 async def send_failure(exchange: Exchange, failure: Failure) -> None:
     """Sends a failure: as an HTTP status, or as the last event if 200 has been sent."""
     exchange.failure = failure
+    if exchange.transport.is_closing():
+        return  # the client has left
     redact = exchange.server.redact
     error = {
         "message": redact(failure.message)[:500],
@@ -730,8 +750,8 @@ async def send_failure(exchange: Exchange, failure: Failure) -> None:
     response = web.json_response(
         body=body, status=failure.status, headers=failure.headers
     )
-    if exchange.may_be_paid:
-        # Otherwise, OpenAI's clients retry a 5xx twice, and you pay each time.
+    if exchange.may_be_billed:
+        # By default, OpenAI's clients retry a 5xx twice, and you pay each time.
         response.headers["X-Should-Retry"] = "false"
     last = b"data: %b\n\n" % body if exchange.response else b""
     with suppress(ConnectionError):
@@ -742,8 +762,9 @@ def limit_unsent_bytes(transport: asyncio.Transport) -> None:
     """Keeps the send buffers of asyncio and the kernel small."""
     if transport.is_closing():
         return
-    # With this limit, a wait ends only when the buffer is empty, so `write_eof` returns
-    # when all is sent. With 0, asyncio's TLS transport would wait on an empty buffer.
+    # A wait ends when the buffer is down to a quarter of this limit, here to nothing. So
+    # `write_eof` returns when all is sent. With a limit of 0, asyncio's TLS transport
+    # would wait on an empty buffer.
     transport.set_write_buffer_limits(high=1)
     # Otherwise, the kernel takes data in such large steps that a slow client looks dead.
     connection = transport.get_extra_info("socket")
@@ -767,14 +788,15 @@ async def listen(
         handler_cancellation=True,
         # A request of 60 KB could inflate to 60 MB.
         auto_decompress=False,
-        # Browsers send the cookies of every port on localhost.
+        # On localhost, browsers send the cookies of every port.
         max_field_size=2**16,
         max_line_size=2**16,
-        # Seconds until an idle connection, or an unfinished head, is closed.
+        # Seconds until an idle connection, or an unfinished request head, is closed.
         keepalive_timeout=60,
         access_log=None,
     )
-    # `drain` has already waited for our streams. This limit is for the demo's.
+    # `drain` has already waited for our streams. The demo, which `listen` serves as
+    # well, stops sending after this time.
     runner = web.ServerRunner(server, shutdown_timeout=0.2)
     await runner.setup()
     site = web.TCPSite(runner, host, port, ssl_context=tls, reuse_port=reuse_port)
@@ -982,7 +1004,7 @@ async def open_upstream(
     Raises Failure. A failed request is never retried: you might pay twice.
     """
     server = exchange.server
-    exchange.may_be_paid = body is not None
+    exchange.may_be_billed = body is not None
     try:
         answer = await server.session.request(
             "GET" if body is None else "POST",
@@ -993,7 +1015,7 @@ async def open_upstream(
         )
     except UPSTREAM_ERRORS as error:
         if isinstance(error, NOT_SENT):
-            exchange.may_be_paid = False
+            exchange.may_be_billed = False
         raise connection_failure(error) from None
     exchange.upstream_answer = answer
     encoding = answer.headers.get("Content-Encoding", "").lower()
@@ -1003,7 +1025,7 @@ async def open_upstream(
     # Our answer is an error in JSON: a heartbeat must no longer send a 200.
     exchange.is_event_stream = False
     if 400 <= answer.status < 500:
-        exchange.may_be_paid = False
+        exchange.may_be_billed = False
     with closing(answer):
         raise await status_failure(answer)
 
@@ -1103,7 +1125,7 @@ def decode_json(data: bytes) -> Any:
         raise ValueError("nested too deep") from None
 
 
-def replace_message(choice: dict[str, Any], is_repetition: bool) -> None:
+def message_to_delta(choice: dict[str, Any], is_repetition: bool) -> None:
     """Replaces the `message` of a whole answer with a `delta`, as in a stream."""
     message = choice.pop("message")
     if choice.get("delta"):

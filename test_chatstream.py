@@ -4757,6 +4757,20 @@ class Drain(ServerCase):
                 exited = await program.exit()
         self.assertIn("outcome=drained", exited.stderr)
 
+    async def test_a_whole_answer_that_the_drain_cuts(self) -> None:
+        """A client that still takes a whole answer at the end is dropped without a traceback."""
+        answer = WHOLE_ANSWER | {"padding": "x" * 900_000}
+        request = http_request(HELLO, line=f"POST {COMPLETIONS} HTTP/1.1")
+        async with AsyncExitStack() as clients:
+            # It drains at the end of its block.
+            async with serving(responds(200, answer)) as server:
+                client = await clients.enter_async_context(
+                    connected(server.url, receive_buffer=4096)
+                )
+                client.send(request)
+                await client.read_until(b"200 OK")
+        self.assertIn("outcome=drained", "".join(self.log.lines))
+
     async def test_a_second_signal(self) -> None:
         """A second signal ends it at once, with status 1; the log is not lost."""
         async with self.program(sends(SAID, then=hangs), drain_seconds=60) as program:
