@@ -6594,9 +6594,9 @@ class FromOutside(PageCase):
         self.assertRegex(answer, r"Part[\s\S]*not (valid )?JSON")
         self.assertNotIn("Unexpected token", answer)
 
-    async def test_a_fault_of_the_page(self) -> None:
-        """A slip in the page's own code is called a fault of the page, not a lost connection."""
-        page = await self.open()
+    async def open_with_a_fault(self, script: Script) -> Page:
+        """A page whose own code fails once, when it reads an answer."""
+        page = await self.open(script)
         await page.run(
             """{
                 const original = TextDecoder.prototype.decode;
@@ -6606,6 +6606,18 @@ class FromOutside(PageCase):
                 };
             }"""
         )
+        return page
+
+    async def test_a_fault_ends_the_request(self) -> None:
+        """After a fault of the page, nobody pays for an answer that is not read."""
+        page = await self.open_with_a_fault(STALLS)
+        await page.say("Hello")
+        await page.wait_for_text("fault")
+        await asyncio.wait_for(self.calls[0].gone.wait(), PATIENCE)
+
+    async def test_a_fault_of_the_page(self) -> None:
+        """A slip in the page's own code is called a fault of the page, not a lost connection."""
+        page = await self.open_with_a_fault(says("Hello."))
         await page.ask()
         answer = await page.text_of_answer()
         self.assertIn("fault", answer)
@@ -7067,6 +7079,31 @@ class Token(PageCase):
         await page.click("Cancel")
         await page.wait_for_text("No answer: ")
         self.assertTrue(await page.has("button", "Retry"))
+
+    async def test_left_and_back(self) -> None:
+        """Who leaves the page at the question, and comes back, can still answer it."""
+        page = await self.open(token="right+1")
+        await page.say("Secret question")
+        await page.focus("textbox", "Access token")
+        # As when the browser keeps the page.
+        await page.run(
+            "dispatchEvent(new PageTransitionEvent('pagehide', { persisted: true }))"
+        )
+        await page.type("right+1")
+        await page.press("Enter")
+        await page.wait_for_text("Hello.")
+
+    async def test_stopped_before_the_question(self) -> None:
+        """Who has pressed "Stop" is not asked for a token any more."""
+        head = b"HTTP/1.1 401 X\r\nContent-Length: 9\r\n\r\n{"
+        page = await self.open_other_server(sends_raw(head))
+        await page.say("Hello")
+        await eventually(lambda: self.calls)
+        # The page reads the head, and waits for the body.
+        await asyncio.sleep(0.3)
+        await page.click("Stop")
+        await page.wait_for_text("Stopped by you")
+        self.assertFalse(await page.has("textbox", "Access token"))
 
     async def test_in_the_address(self) -> None:
         """A token after the # of the address is used, and leaves the address bar at once."""
