@@ -31,7 +31,6 @@ import hmac
 import ipaddress
 import json
 import logging
-import math
 import os
 import re
 import signal
@@ -41,12 +40,10 @@ import sys
 import time
 import urllib.request
 import uuid
-from bisect import bisect_left
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, closing, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -778,7 +775,7 @@ async def listen(
     host: str,
     port: int,
     tls: ssl.SSLContext | None = None,
-    reuse_port: bool | None = None,
+    reuse_port: bool = False,
 ) -> web.ServerRunner:
     """Starts aiohttp's low-level server. Raises OSError if it cannot listen."""
     server = web.Server(
@@ -805,48 +802,35 @@ async def listen(
 
 
 # ---- A shortcut ----------------------------------------------------------------------
-# Skip this at first: `chat` works the same with a plain `Relay`. But then, an event costs
-# twice as much CPU time in a burst, and a sixth more when it arrives alone.
+# Skip this at first: `chat` would work the same with a plain `Relay`. But without the
+# shortcut, an event in a burst costs twice the CPU time, and one that arrives alone costs
+# a sixth more.
 
-# Printable ASCII without the quote and the backslash, which JSON escapes.
-PLAIN_TEXT = re.compile(rb"[ !#-\[\]-~]*")
-# Also finds `reasoning_content`.
-TOKEN_TEXT = re.compile(rb'content": ?"(%b)"' % PLAIN_TEXT.pattern)
+# A text of printable ASCII, without the quote and the backslash, which JSON escapes. It
+# is also found in `reasoning_content`.
+TOKEN_TEXT = re.compile(rb'content": ?"[ !#-\[\]-~]*"')
 
 
 class FastRelay(Relay):
     """Does not decode a chunk that differs from the last decoded one only in its text.
 
-    Another plain text leaves the JSON valid, and `Relay` never looks at the text.
+    Replacing one plain text with another keeps the JSON valid, and `Relay` never looks at
+    the text.
     """
 
     def __init__(self, parser: EventParser) -> None:
         super().__init__(parser)
-        # What stood before and after the text in the last chunk that was decoded, had a
-        # text and went out unchanged.
-        self.before_text = b""
-        self.after_text = b""
+        self.template = b""  # the last decoded chunk, without its text
 
     def check_event(self, event_type: bytes, data: bytes) -> bytes:
-        if event_type != b"error" and self.differs_only_in_text(data):
+        without_text = TOKEN_TEXT.sub(b'content":""', data, count=1)
+        if without_text == self.template and event_type != b"error":
             self.events_sent += 1
             return data
         payload = super().check_event(event_type, data)
-        text = TOKEN_TEXT.search(data)
         # If this payload had to be changed, one with another text has to be, too.
-        if text and payload == data:
-            self.before_text = data[: text.start(1)]
-            self.after_text = data[text.end(1) :]
+        self.template = without_text if payload == data else b""
         return payload
-
-    def differs_only_in_text(self, data: bytes) -> bool:
-        if not self.before_text or not data.startswith(self.before_text):
-            return False
-        if not data.endswith(self.after_text):
-            return False
-        start = len(self.before_text)
-        end = len(data) - len(self.after_text)
-        return PLAIN_TEXT.fullmatch(data, start, end) is not None
 
 
 # ---- The request ---------------------------------------------------------------------
@@ -861,7 +845,7 @@ def request_id(request: web.BaseRequest) -> str:
 
 
 async def read_body(reader: aiohttp.StreamReader, limit: int) -> bytes:
-    """Reads a body. Stops once it is over the limit, so callers check the length."""
+    """Reads a body, but little more than `limit` bytes. The caller checks the length."""
     body = bytearray()
     while len(body) <= limit:
         piece = await reader.readany()
@@ -920,13 +904,14 @@ def check_request(
     if always_stream and not stream:
         raise Failure("stream_required")
     model = parameters["model"]
+    # With "*" first, there is no default model.
     if not isinstance(model, str) or model == "*":
         message = "`model` is required; GET /v1/models lists them."
         raise Failure("invalid_request", message)
     if model not in models and "*" not in models:
         raise Failure("model_not_found")
     try:
-        # Encoding it again drops duplicate keys: none slips past this check.
+        # Encoding it again drops duplicate keys, so no second `model` slips past the check.
         return encode_json(parameters), stream
     except ValueError:
         raise Failure("invalid_json") from None
@@ -942,7 +927,6 @@ def is_list_of_objects(value: object) -> bool:
 # ---- The upstream --------------------------------------------------------------------
 
 OPENAI_URL = "https://api.openai.com/v1"
-OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)
 UUID = r"(?i)[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 
 # With these errors, the upstream never saw the request.
@@ -971,15 +955,15 @@ def open_session(settings: Settings, proxy: str | None) -> aiohttp.ClientSession
         response_class=UpstreamAnswer,
         # Inflating 29 KB of gzip can block the loop for 20 s.
         auto_decompress=False,
-        # While a client is slow, aiohttp buffers about twice as many bytes per stream.
-        # Over TLS, the rest is lost if the upstream closes the connection meanwhile.
+        # While a client is slow, aiohttp buffers up to twice as many bytes of its answer.
+        # Over TLS, what does not fit is lost if the upstream closes the connection.
         read_bufsize=2**17,
         max_field_size=2**16,
     )
 
 
 def upstream_headers(exchange: Exchange) -> dict[str, str]:
-    """Set for each request: as the session's headers, they would also go to a proxy."""
+    """Sent with each request: a session's headers would also go to a proxy."""
     headers = {
         "Content-Type": "application/json",
         # Some servers require both.
@@ -1018,10 +1002,12 @@ async def open_upstream(
             exchange.may_be_billed = False
         raise connection_failure(error) from None
     exchange.upstream_answer = answer
-    encoding = answer.headers.get("Content-Encoding", "").lower()
-    is_compressed = encoding not in ("", "identity", "none")
-    if 200 <= answer.status < 300 and not is_compressed:
-        return answer
+    if 200 <= answer.status < 300:
+        encoding = answer.headers.get("Content-Encoding", "").lower()
+        if encoding in ("", "identity", "none"):
+            return answer
+        answer.close()
+        raise Failure("upstream_invalid", cause="a compressed answer")
     # Our answer is an error in JSON: a heartbeat must no longer send a 200.
     exchange.is_event_stream = False
     if 400 <= answer.status < 500:
@@ -1032,29 +1018,25 @@ async def open_upstream(
 
 def connection_failure(error: Exception) -> Failure:
     code = "upstream_unreachable"
+    reason = str(error)
     if isinstance(error, aiohttp.ServerTimeoutError):
         code = "upstream_timeout"
-    elif isinstance(error, OSError) and error.errno in OUT_OF_FILES:
+    elif isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
         code = "too_many_streams"
-    # aiohttp raises exactly this class if the upstream does not speak HTTP.
-    elif type(error) is aiohttp.ClientResponseError:
-        code = "upstream_invalid"
-    reason = str(error)
-    # The text of such an error contains the proxy's URL, with its password.
-    if isinstance(error, aiohttp.ClientResponseError):
-        # Further lines quote what was received.
-        first_line = error.message.partition("\n")[0]
-        reason = f"{error.status} {first_line}"
+    elif isinstance(error, aiohttp.ClientResponseError):
+        # Its text contains the proxy's URL, with the password, and its message quotes
+        # what was received, from the second line on.
+        reason = f"{error.status} " + error.message.partition("\n")[0]
+        if not isinstance(error, aiohttp.ClientHttpProxyError):
+            code = "upstream_invalid"  # the upstream does not speak HTTP
     return Failure(code, cause=f"{type(error).__name__}: {reason}")
 
 
 async def status_failure(answer: aiohttp.ClientResponse) -> Failure:
     """Turns a bad answer into a Failure. A 4xx keeps the upstream's words."""
     status = answer.status
-    if 200 <= status < 300:
-        return Failure("upstream_invalid", cause="a compressed answer")
     body = b""
-    # The body gives the reason, but is not worth a long wait.
+    # The body says why, but is not worth a long wait.
     with suppress(TimeoutError, *UPSTREAM_ERRORS):
         async with asyncio.timeout(2):
             body = await read_body(answer.content, 2**16)
@@ -1066,8 +1048,8 @@ async def status_failure(answer: aiohttp.ClientResponse) -> Failure:
         return Failure("upstream_error", body=body)
     failure = Failure("upstream_rejected", body=body, status=status)
     for name, value in answer.headers.items():
-        is_limit = re.fullmatch(r"(?i)retry-after(-ms)?|x-ratelimit-.+", name)
-        if is_limit and value.isascii() and value.isprintable():
+        is_rate_limit = re.fullmatch(r"(?i)retry-after(-ms)?|x-ratelimit-.+", name)
+        if is_rate_limit and value.isascii() and value.isprintable():
             failure.headers[name] = value
     return describe(failure)
 
@@ -1075,7 +1057,7 @@ async def status_failure(answer: aiohttp.ClientResponse) -> Failure:
 async def read_document(
     answer: aiohttp.ClientResponse, limit: int
 ) -> tuple[bytes, Any]:
-    """Returns the body of an answer that is not streamed, and the body decoded.
+    """Reads an answer that is not streamed. Returns its body, as bytes and decoded.
 
     Raises Failure.
     """
@@ -1089,8 +1071,7 @@ async def read_document(
     try:
         decoded = decode_json(document)
     except ValueError:
-        code = "stream_truncated" if looks_cut_off(document) else "upstream_invalid"
-        raise Failure(code, cause="not JSON", body=body) from None
+        raise Failure("upstream_invalid", cause="not JSON", body=body) from None
     if error_in(decoded):
         raise error_in_stream(document)
     return body, decoded
@@ -1101,7 +1082,7 @@ async def read_document(
 
 
 def refuse_constant(name: str) -> None:
-    """Python reads NaN and Infinity, which are not JSON (RFC 8259)."""
+    """Python accepts NaN and Infinity, which are not JSON (RFC 8259)."""
     raise ValueError(name)
 
 
@@ -1110,19 +1091,19 @@ JSON_ENCODER = json.JSONEncoder(allow_nan=False)
 
 
 def encode_json(value: object) -> bytes:
-    """Raises ValueError for a number like 1e999, or if it is nested too deep."""
+    """Raises ValueError for a number like 1e999, or if it is nested too deeply."""
     try:
         return JSON_ENCODER.encode(value).encode()
     except RecursionError:
-        raise ValueError("nested too deep") from None
+        raise ValueError("nested too deeply") from None
 
 
 def decode_json(data: bytes) -> Any:
-    """Raises ValueError if it is not JSON in UTF-8, or nested too deep."""
+    """Raises ValueError if it is not JSON in UTF-8, or nested too deeply."""
     try:
         return JSON_DECODER.decode(data.decode())
     except RecursionError:
-        raise ValueError("nested too deep") from None
+        raise ValueError("nested too deeply") from None
 
 
 def message_to_delta(choice: dict[str, Any], is_repetition: bool) -> None:
@@ -1130,7 +1111,7 @@ def message_to_delta(choice: dict[str, Any], is_repetition: bool) -> None:
     message = choice.pop("message")
     if choice.get("delta"):
         return
-    # After deltas, a message only repeats what they said.
+    # If deltas came before it, the message only repeats them.
     choice["delta"] = {} if is_repetition else message
     calls = message.get("tool_calls") if isinstance(message, dict) else None
     if isinstance(calls, list):
@@ -1139,10 +1120,8 @@ def message_to_delta(choice: dict[str, Any], is_repetition: bool) -> None:
                 call.setdefault("index", index)
 
 
-def looks_cut_off(document: bytes | bytearray) -> bool:
+def looks_cut_off(document: bytes) -> bool:
     """Guesses whether this JSON document is cut off."""
-    if not document.startswith((b"{", b"[")):
-        return False
     has_end = document.endswith((b"}", b"]"))
     return not has_end or document.count(b"{") > document.count(b"}")
 
@@ -1186,14 +1165,14 @@ HTML_OR_TRACEBACK = re.compile(r"(?i)<(!doctype|html|head|body)\b|Traceback \(mo
 def describe(failure: Failure) -> Failure:
     """Fills in the error details from an upstream's body, in any known dialect."""
     try:
-        document = first_of_list(decode_json(failure.body))
+        document = decode_json(failure.body)
     except ValueError:
         return failure
     error = error_in(document)
-    message = message_in(error) or message_in(document)
+    details = error if isinstance(error, dict) else document
+    message = message_in(details) or message_in(document) or message_in(error)
     if message and not HTML_OR_TRACEBACK.search(message):
         failure.message = message
-    details = error if isinstance(error, dict) else document
     if isinstance(details, dict):
         for name in ("type", "code", "param"):
             value = details.get(name)
@@ -1202,7 +1181,7 @@ def describe(failure: Failure) -> Failure:
     return failure
 
 
-MESSAGE_KEYS = ("error", "errors", "message", "msg", "detail")
+MESSAGE_KEYS = ("message", "msg", "detail", "error", "errors")
 
 
 def message_in(document: object, depth: int = 5) -> str:
@@ -1226,7 +1205,7 @@ def is_loopback(host: str) -> bool:
 
 
 def route(server: Chatstream, request: web.BaseRequest) -> Handler:
-    """Returns the handler of an allowed request. Raises Failure."""
+    """Returns the handler if the request is allowed. Raises Failure."""
     path = request.path
     is_guarded = path not in OPEN_PATHS
     is_post = request.method == "POST"
@@ -1253,7 +1232,7 @@ def route(server: Chatstream, request: web.BaseRequest) -> Handler:
 
 
 def is_known_host(request: web.BaseRequest, hosts: set[str]) -> bool:
-    """`hosts` are the names that we serve, in lower case; if empty, all names."""
+    """`hosts` are the names that we serve, in lower case. If empty, we serve all."""
     if not hosts:
         return True
     host = request.headers.get("Host", "").lower()
@@ -1282,7 +1261,7 @@ def has_token(request: web.BaseRequest, token: str) -> bool:
         return True
     scheme, _, sent = request.headers.get("Authorization", "").partition(" ")
     given = sent.strip().encode(errors="surrogateescape")
-    # In constant time: how long it takes must not show where the two differ.
+    # In constant time: how long it takes must not show how much of the token is right.
     is_same = hmac.compare_digest(given, token.encode())
     return is_same and scheme.lower() == "bearer"
 
@@ -1305,7 +1284,9 @@ class Chatstream:
         if is_loopback(settings.host):
             self.hosts |= {"localhost", "127.0.0.1", "[::1]", settings.host}
         self.max_streams = streams_for_files(settings.max_streams)
-        self.html = Path(__file__).resolve().with_name("index.html").read_bytes()
+        page = Path(__file__).resolve().with_name("index.html")
+        # Read as text, so that CRLF becomes LF: browsers compute the hashes from LF.
+        self.html = page.read_text(encoding="utf-8").encode()
         self.page_headers = page_headers(self.html)
         self.outcomes = dict.fromkeys(OUTCOMES, 0)
         self.events_sent = 0
@@ -1323,7 +1304,7 @@ class Chatstream:
         handler = partial(handle, self)
         try:
             self.runner = await listen(
-                handler, settings.host, settings.port, tls, settings.reuse_port or None
+                handler, settings.host, settings.port, tls, settings.reuse_port
             )
         # ValueError: on Windows, a port cannot be shared.
         except (OSError, ValueError) as error:
@@ -1362,7 +1343,7 @@ class Chatstream:
         for exchange in self.exchanges:
             exchange.stop(Failure("server_draining", outcome="drained"))
         await self.wait_for_exchanges(1)
-        # 4. Abort any that are still left, also answers that `stop` lets end.
+        # 4. Abort what is left, including answers whose last bytes were on their way.
         for exchange in self.exchanges:
             drained = Failure("server_draining", outcome="drained")
             exchange.failure = exchange.failure or drained
@@ -1422,7 +1403,7 @@ async def list_models(exchange: Exchange) -> None:
 
 
 async def upstream_models(exchange: Exchange) -> list[str]:
-    """Returns their ids. Raises Failure."""
+    """Returns the ids of the upstream's models. Raises Failure."""
     try:
         async with asyncio.timeout(exchange.server.settings.connect_seconds):
             answer = await open_upstream(exchange, "/models")
@@ -1458,29 +1439,34 @@ OUTCOMES = (
 )
 
 
-# In seconds: OpenTelemetry's for GenAI, and two more. From 0.01, doubling up to 327.68.
-BUCKETS = [0.01 * 2**power for power in range(16)] + [math.inf]
+# In seconds: from 0.01, doubling. OpenTelemetry's for GenAI end at 81.92; two are ours.
+BUCKETS = [0.01 * 2**power for power in range(16)]
 
 
 class Histogram:
-    """Counts how many values are in each bucket, and adds them up."""
+    """Counts the values up to each bound, and adds all of them up."""
 
     def __init__(self) -> None:
-        self.counts = [0] * len(BUCKETS)
+        self.counts = dict.fromkeys(BUCKETS, 0)
+        self.count = 0
         self.sum = 0.0
 
     def observe(self, value: float) -> None:
-        self.counts[bisect_left(BUCKETS, value)] += 1
+        for bound in BUCKETS:
+            # In Prometheus, each bucket includes the smaller ones.
+            if value <= bound:
+                self.counts[bound] += 1
+        self.count += 1
         self.sum += value
 
     def samples(self, name: str) -> str:
-        lines = []
-        # In Prometheus, each bucket includes the smaller ones.
-        for bound, count in zip(BUCKETS, accumulate(self.counts), strict=True):
-            label = "+Inf" if bound == math.inf else bound
-            lines.append(f'{name}_bucket{{le="{label}"}} {count}')
+        lines = [
+            f'{name}_bucket{{le="{bound}"}} {count}'
+            for bound, count in self.counts.items()
+        ]
+        lines.append(f'{name}_bucket{{le="+Inf"}} {self.count}')
         lines.append(f"{name}_sum {self.sum}")
-        lines.append(f"{name}_count {sum(self.counts)}")
+        lines.append(f"{name}_count {self.count}")
         return "\n".join(lines)
 
 
@@ -1528,7 +1514,7 @@ def cause_of(exchange: Exchange, failure: Failure) -> str:
     cause = redact(cause)
     if failure.body:
         body = failure.body[:2000].decode(errors="backslashreplace")
-        # Masked before the last cut: half a key would no longer be recognised.
+        # Masked before it is cut to 300: half a key would not be recognised.
         cause += f": {redact(body)[:300]}"
     return cause
 
@@ -1577,7 +1563,7 @@ chatstream_events_total {server.events_sent}
     await exchange.finish(response)
 
 
-# A handler sends its answer with `Exchange.finish`.
+# A handler sends its response with `Exchange.finish`.
 Handler = Callable[[Exchange], Awaitable[None]]
 ROUTES: dict[str, Handler] = {  # `chat` takes POST, the others GET and HEAD
     "/": show_page,
@@ -1592,7 +1578,7 @@ OPEN_PATHS = ("/healthz", "/readyz", "/metrics")  # `route` guards all others
 
 
 # ---- Settings ------------------------------------------------------------------------
-# A setting is a field of Settings and, unless it is a secret, a line in `add_settings`.
+# A setting is a field of Settings and, unless it is a secret, a line in SETTINGS.
 
 
 class BadSetting(argparse.ArgumentTypeError):
@@ -1630,7 +1616,19 @@ def read_settings(environ: Mapping[str, str], arguments: list[str]) -> Settings:
         epilog="Secrets have a variable but no flag: OPENAI_API_KEY, CHATSTREAM_TOKEN.",
         allow_abbrev=False,
     )
-    add_settings(parser, environ)
+    for variable, default, convert, meaning in SETTINGS:
+        is_switch = convert is true_or_false
+        parser.add_argument(
+            "--" + field_name(variable).replace("_", "-"),
+            # argparse converts a string default as it converts the value of a flag.
+            default=environ.get(variable, "").strip() or default,
+            type=convert,
+            metavar="VALUE",
+            help=f"{meaning} [{variable}={default}]",
+            # --reuse-port needs no value.
+            nargs="?" if is_switch else None,
+            const="true" if is_switch else None,
+        )
     settings, unknown = parser.parse_known_args(arguments, Settings())
     if unknown:  # shown without its value, which may be a secret
         parser.error(f"unknown argument: {unknown[0].partition('=')[0]}")
@@ -1652,71 +1650,36 @@ def field_name(variable: str) -> str:
     return variable.partition("_")[2].lower()
 
 
-def add_settings(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> None:
-    def add(
-        variable: str,
-        default: str,
-        convert: Callable[[str], object],
-        meaning: str,
-        **more: Any,
-    ) -> None:
-        parser.add_argument(
-            "--" + field_name(variable).replace("_", "-"),
-            # argparse converts a string default as it converts the value of a flag.
-            default=environ.get(variable, "").strip() or default,
-            type=convert,
-            metavar="VALUE",
-            help=f"{meaning} [{variable}={default}]",
-            **more,
-        )
-
-    # fmt: off
-    add("OPENAI_BASE_URL", "", base_url, "OpenAI-compatible server; empty = OpenAI")
-    add("OPENAI_MODEL", "gpt-4o-mini", names, "models, the default first; * = any")
-    add("CHATSTREAM_HOST", "127.0.0.1", str, "address to listen on")
-    add("CHATSTREAM_PORT", "8080", port_number, "port; 0 = any free one")
-    add("CHATSTREAM_ALLOWED_HOSTS", "", host_names, "more Host names to accept")
-    add("CHATSTREAM_MAX_STREAMS", "1000", positive_integer, "streams at once")
-    add("CHATSTREAM_MAX_BODY_BYTES", "1048576", positive_integer, "largest request body")
-    add("CHATSTREAM_MAX_EVENT_BYTES", "1048576", positive_integer, "largest event")
-    add("CHATSTREAM_CONNECT_SECONDS", "5", positive_seconds, "connect timeout")
-    add("CHATSTREAM_IDLE_SECONDS", "300", positive_seconds, "longest wait for an event")
-    add("CHATSTREAM_WRITE_SECONDS", "30", positive_seconds, "longest wait for a client")
-    add("CHATSTREAM_HEARTBEAT_SECONDS", "10", positive_seconds, "heartbeat interval")
-    add("CHATSTREAM_DRAIN_SECONDS", "30", seconds, "longest wait at shutdown")
-    add("CHATSTREAM_TLS_CERT", "", str, "PEM file of a certificate, for HTTPS")
-    add("CHATSTREAM_TLS_KEY", "", str, "PEM file of the certificate's key")
-    shared = "let several processes share the port"
-    add("CHATSTREAM_REUSE_PORT", "false", true_or_false, shared, nargs="?", const=True)
-    # fmt: on
-
-
-# The functions below convert a value. argparse turns their ValueError into a message
-# with their name and the value.
+# The functions below convert a value. argparse shows the name of one that raises
+# ValueError: "invalid port_number value: 'x'".
 
 
 def positive_integer(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
+    number = int(text)
+    if number < 1:
         raise ValueError
-    return int(text)
+    return number
 
 
 def port_number(text: str) -> int:
-    if not text.isdecimal() or int(text) > 65535:
+    port = int(text)
+    if not 0 <= port <= 65535:
         raise ValueError
-    return int(text)
+    return port
 
 
 def seconds(text: str) -> float:
-    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
+    value = float(text)
+    if not 0 <= value < 1e9:  # also refuses nan
         raise ValueError
-    return float(text)
+    return value
 
 
 def positive_seconds(text: str) -> float:
-    if seconds(text) == 0:
+    value = seconds(text)
+    if value == 0:
         raise ValueError
-    return float(text)
+    return value
 
 
 def true_or_false(text: str) -> bool:
@@ -1726,22 +1689,24 @@ def true_or_false(text: str) -> bool:
 
 
 def names(text: str) -> tuple[str, ...]:
-    found = tuple(name.strip() for name in text.split(",") if name.strip())
-    if not found:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def model_names(text: str) -> tuple[str, ...]:
+    if not names(text):
         raise ValueError
-    return found
+    return names(text)
 
 
-HOST = r"(\[[0-9A-Fa-f:.]+\]|[\w.-]*\w\.?)(:\d{1,5})?"  # perhaps with a port
+HOST = r"(\[[0-9A-Fa-f:.]+\]|[\w.-]*\w\.?)(:\d{1,5})?"  # with an optional port
 
 
 def host_names(text: str) -> tuple[str, ...]:
-    if not text:
-        return ()
-    for name in names(text):
+    found = names(text.lower())
+    for name in found:
         if not re.fullmatch(HOST, name, re.ASCII):
-            raise ValueError
-    return names(text.lower())
+            raise BadSetting(f"{name!r} must be like chat.example.com")
+    return found
 
 
 def base_url(text: str) -> str:
@@ -1758,7 +1723,7 @@ def base_url(text: str) -> str:
 
 
 def is_http_url(url: str) -> bool:
-    """True for http(s) with a valid host, perhaps with a user before and a path after it."""
+    """True for http(s) and a valid host. A user, a port and a path are optional."""
     if not re.fullmatch(rf"(?i)https?://([^/?#\s]+@)?{HOST}(/[^@?#\s]*)?", url):
         return False
     try:
@@ -1772,10 +1737,32 @@ def is_http_url(url: str) -> bool:
         return False
 
 
+# fmt: off
+SETTINGS: list[tuple[str, str, Callable[[str], object], str]] = [
+    ("OPENAI_BASE_URL", "", base_url, "model server; empty = OpenAI, or the demo"),
+    ("OPENAI_MODEL", "gpt-4o-mini", model_names, "models, the default first; * = any"),
+    ("CHATSTREAM_HOST", "127.0.0.1", str, "address to listen on"),
+    ("CHATSTREAM_PORT", "8080", port_number, "port; 0 = any free one"),
+    ("CHATSTREAM_ALLOWED_HOSTS", "", host_names, "more Host names to accept"),
+    ("CHATSTREAM_MAX_STREAMS", "1000", positive_integer, "streams at once"),
+    ("CHATSTREAM_MAX_BODY_BYTES", "1048576", positive_integer, "largest request body"),
+    ("CHATSTREAM_MAX_EVENT_BYTES", "1048576", positive_integer, "largest event"),
+    ("CHATSTREAM_CONNECT_SECONDS", "5", positive_seconds, "connect timeout"),
+    ("CHATSTREAM_IDLE_SECONDS", "300", positive_seconds, "longest wait for an event"),
+    ("CHATSTREAM_WRITE_SECONDS", "30", positive_seconds, "longest wait for a client"),
+    ("CHATSTREAM_HEARTBEAT_SECONDS", "10", positive_seconds, "heartbeat interval"),
+    ("CHATSTREAM_DRAIN_SECONDS", "30", seconds, "longest wait at shutdown"),
+    ("CHATSTREAM_TLS_CERT", "", str, "PEM file of a certificate, for HTTPS"),
+    ("CHATSTREAM_TLS_KEY", "", str, "PEM file of the certificate's key"),
+    ("CHATSTREAM_REUSE_PORT", "false", true_or_false, "let processes share the port"),
+]
+# fmt: on
+
+
 def environment_proxy(url: str) -> str | None:
     """The proxy for the upstream. Raises BadSetting if it cannot work.
 
-    Read once: aiohttp's `trust_env` looks it up for each request, and reads .netrc.
+    Read once: aiohttp's `trust_env` would look it up for each request, and read .netrc.
     """
     parts = urlsplit(url)
     if is_loopback(parts.hostname or "") or urllib.request.proxy_bypass(parts.netloc):
@@ -1802,7 +1789,7 @@ def load_certificate(settings: Settings) -> ssl.SSLContext:
     except (OSError, ValueError) as error:
         raise BadSetting(
             f"CHATSTREAM_TLS_CERT={settings.tls_cert}, "
-            f"CHATSTREAM_TLS_KEY={settings.tls_key}: not a PEM certificate "
+            f"CHATSTREAM_TLS_KEY={settings.tls_key}: must be a PEM certificate "
             f"and its key, without a password: {error}"
         ) from None
     return context
@@ -1819,20 +1806,17 @@ def streams_for_files(wanted: int) -> int:
         return wanted
     needed = 2 * wanted + 64
     limit, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if limit == resource.RLIM_INFINITY:
-        return wanted
-    raised = hard_limit
-    # macOS reports no hard limit, but refuses to raise the limit that far.
-    if hard_limit == resource.RLIM_INFINITY:
-        raised = max(limit, needed)
-    with suppress(ValueError, OSError, OverflowError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard_limit))
+    # First what we need: macOS reports no hard limit, but refuses to go that far.
+    for raised in (max(limit, needed), hard_limit):
+        with suppress(ValueError, OSError, OverflowError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard_limit))
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit >= needed:
         return wanted
     allowed = max(1, (limit - 64) // 2)
     logger.warning(
-        f"{limit} open files allow {allowed} streams; for {wanted}: ulimit -n {needed}"
+        f"the limit of {limit} open files allows only {allowed} streams; "
+        f"for {wanted}, run: ulimit -n {needed}"
     )
     return allowed
 
@@ -1848,7 +1832,6 @@ DEMO_MODELS = (
     "demo-error",
     "demo-rate-limit",
 )
-FAILING_MODELS = ("demo-cut-off", "demo-error")  # halfway
 DEMO_ANSWER = """\
 This is the **built-in demo**: there is no model behind it. You asked:
 
@@ -1883,7 +1866,7 @@ async def demo_upstream(
     try:
         body = decode_json(await request.content.read())
         model = body["model"]
-        question = text_of(body["messages"][-1]["content"])
+        question = last_question(body["messages"])
     except (ValueError, LookupError, TypeError, AttributeError):
         error = {"message": "Not a chat completion."}
         return web.json_response({"error": error}, status=400)
@@ -1892,21 +1875,37 @@ async def demo_upstream(
         headers = {"Retry-After": "5"}
         return web.json_response({"error": error}, status=429, headers=headers)
     answer = DEMO_ANSWER.replace("{question}", question[:2000].replace("\n", "\n> "))
-    completion = {"id": "chatcmpl-demo", "created": int(time.time()), "model": model}
+    common = {"id": "chatcmpl-demo", "created": int(time.time()), "model": model}
     if not body.get("stream"):
-        return web.json_response(completion | whole_answer(question, answer))
+        return web.json_response(common | whole_answer(question, answer))
 
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
     await response.prepare(request)
     if model == "demo-slow-start":
         await asyncio.sleep(1.5 * settings.heartbeat_seconds)
-    completion["object"] = "chat.completion.chunk"
-    for part in demo_parts(model, answer):
-        await response.write(b"data: %b\n\n" % encode_json(completion | part))
+
+    async def send(**fields: object) -> None:
+        chunk = common | {"object": "chat.completion.chunk"} | fields
+        await response.write(b"data: %b\n\n" % encode_json(chunk))
         await asyncio.sleep(0.02)
-    if model not in FAILING_MODELS:
+
+    for delta in demo_deltas(model, answer):
+        await send(choices=[{"index": 0, "delta": delta, "finish_reason": None}])
+    if model == "demo-error":
+        await send(error={"message": "The demo is out of memory."})
+    elif model != "demo-cut-off":
+        await send(choices=[{"index": 0, "delta": {}, "finish_reason": "stop"}])
         await response.write(DONE)
     return response
+
+
+def demo_deltas(model: str, answer: str) -> list[dict[str, str]]:
+    """The delta of each chunk. Some models stop halfway."""
+    deltas = [{"role": "assistant", "content": ""}]
+    deltas += [{"content": word} for word in re.findall(r"\s*\S+\s*", answer)]
+    if model in ("demo-cut-off", "demo-error"):
+        del deltas[len(deltas) // 2 :]
+    return deltas
 
 
 def whole_answer(question: str, answer: str) -> dict[str, object]:
@@ -1923,23 +1922,11 @@ def whole_answer(question: str, answer: str) -> dict[str, object]:
     return {"object": "chat.completion", "choices": [choice], "usage": usage}
 
 
-def demo_parts(model: str, answer: str) -> Iterator[dict[str, object]]:
-    """What each chunk of a streamed answer adds to the common fields."""
-    words = re.findall(r"\s*\S+\s*", answer)
-    if model in FAILING_MODELS:
-        words = words[: len(words) // 2]
-    deltas = [{"role": "assistant", "content": ""}]
-    deltas += [{"content": word} for word in words]
-    for delta in deltas:
-        yield {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
-    if model == "demo-error":
-        yield {"error": {"message": "The demo is out of memory."}}
-    elif model != "demo-cut-off":
-        yield {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
-
-
-def text_of(content: Any) -> str:
-    """A message's content is text, or a list of parts, some with text."""
+def last_question(messages: Any) -> str:
+    """The text of the user's last message. "Continue" sends an assistant's after it."""
+    questions = [message for message in messages if message.get("role") == "user"]
+    content = questions[-1]["content"]
+    # A content is text, or a list of parts, some with text.
     if isinstance(content, str):
         return content
     return " ".join(part.get("text", "") for part in content)
@@ -1966,10 +1953,13 @@ async def serve(settings: Settings) -> None:
         address = await server.start()
         # A closed or broken stdout must not stop the server or its drain.
         with suppress(OSError, ValueError):
-            print(f"chatstream listens on {address}", flush=True)
-            print(f"  upstream: {upstream}", flush=True)
-            print(f"  models:   {', '.join(settings.model)}", flush=True)
-            print("  to stop:  Ctrl+C", flush=True)
+            print(
+                f"chatstream listens on {address}\n"
+                f"  upstream: {upstream}\n"
+                f"  models:   {', '.join(settings.model)}\n"
+                "  to stop:  Ctrl+C",
+                flush=True,
+            )
         await stopping.wait()
         await server.drain()
     # A normal exit would wait for pending DNS lookups, and a broken stdout would change
@@ -1997,9 +1987,9 @@ def handle_signals(stop: Callable[[], object]) -> None:
 
 
 def on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """When out of files, asyncio would log a traceback for each new connection."""
-    error = context.get("exception")
-    if not (isinstance(error, OSError) and error.errno in OUT_OF_FILES):
+    # asyncio would log a traceback for each connection that it cannot accept because no
+    # files are left, and, on Windows, for each one that the other side resets.
+    if not isinstance(context.get("exception"), OSError):
         loop.default_exception_handler(context)
 
 

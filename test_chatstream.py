@@ -1775,6 +1775,12 @@ class HonestStatus(ServerCase):
         self.assertNotIn("Set-Cookie", answer.headers)
         self.assertNotIn("X-Internal", answer.headers)
 
+    async def test_a_message_beside_a_status_text(self) -> None:
+        """Where `error` is only the status's name, the message is beside it."""
+        body = {"statusCode": 400, "error": "Bad Request", "message": "No such model"}
+        answer = await self.answer_to(responds(400, body))
+        self.assertEqual(answer.error["message"], "No such model")
+
     async def test_in_mid_answer(self) -> None:
         """What fails later is the last event, without `[DONE]`, under the status 200."""
         answer = await self.answer_to(sends(SAID, event(BUSY), FINISH, DONE))
@@ -3768,6 +3774,19 @@ class PageHeaders(ServerCase):
         policy = (await self.page()).headers["Content-Security-Policy"]
         self.assertEqual({part.strip() for part in policy.split(";")}, expected)
 
+    async def test_a_page_with_other_line_ends(self) -> None:
+        """Git for Windows may write CRLF: browsers compute the hashes as if it were LF."""
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copy(HERE / "chatstream.py", folder)
+            page = Path(folder, "index.html")
+            page.write_bytes(self.html.replace(b"\n", b"\r\n"))
+            program = str(Path(folder, "chatstream.py"))
+            async with process(
+                program, environment={"CHATSTREAM_PORT": "0"}
+            ) as running:
+                url = (await running.read_line()).split()[-1]
+                self.assertEqual((await self.get(url)).body, self.html)
+
     async def test_other_headers(self) -> None:
         """Nothing leaks to other pages."""
         answer = await self.page()
@@ -4255,6 +4274,11 @@ class ReadSettings(unittest.TestCase):
                 message = self.refusal({bad.variable: bad.value}).splitlines()[-1]
                 self.assert_names(message, bad.variable)
                 self.assertIn(bad.value.rstrip("/"), message)
+
+    def test_a_bad_allowed_host(self) -> None:
+        """The message about an allowed host shows what one looks like."""
+        message = self.refusal({"CHATSTREAM_ALLOWED_HOSTS": "*"})
+        self.assertIn("chat.example.com", message)
 
     def test_bad_flags(self) -> None:
         """A bad flag is refused, also beside a good variable."""
@@ -4852,6 +4876,7 @@ class DemoAnswers:
     streamed: dict[str, Answer]
     whole: Answer
     parts: Answer
+    continuation: Answer
     exited: Exit
 
 
@@ -4871,6 +4896,9 @@ class Demo(ServerCase):
             {"type": "image_url", "image_url": {}},
         ]
         with_parts = {"messages": [{"role": "user", "content": parts}]}
+        # What the page's "Continue" sends.
+        part = {"role": "assistant", "content": "Half an answer"}
+        continued = {"messages": [*HELLO["messages"], part]}
         async with running_program("--heartbeat-seconds", "0.6", **proxy) as program:
             models = await self.get(program.url + "/v1/models")
             asked = [
@@ -4878,13 +4906,15 @@ class Demo(ServerCase):
             ]
             asked.append(self.ask(program.url, path=COMPLETIONS))
             asked.append(self.ask(program.url, with_parts))
-            *streamed, whole, parts_answer = await asyncio.gather(*asked)
+            asked.append(self.ask(program.url, continued))
+            *streamed, whole, parts_answer, continuation = await asyncio.gather(*asked)
             exited = await program.stop()
         Demo.cached = DemoAnswers(
             listed=[model["id"] for model in models.json["data"]],
             streamed=dict(zip(DEMO_MODELS, streamed, strict=True)),
             whole=whole,
             parts=parts_answer,
+            continuation=continuation,
             exited=exited,
         )
         return Demo.cached
@@ -4947,6 +4977,12 @@ class Demo(ServerCase):
         text = (await self.demo()).parts.text
         self.assertIn("Say hello", text)
         self.assertNotIn("{'", text)
+
+    async def test_continue(self) -> None:
+        """Asked to continue, it echoes the question, not its own answer."""
+        text = (await self.demo()).continuation.text
+        self.assertIn("Hello", text)
+        self.assertNotIn("Half an answer", text)
 
     async def test_a_slow_start(self) -> None:
         """`demo-slow-start` is silent until a heartbeat has come, and then answers."""
