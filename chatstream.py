@@ -823,7 +823,7 @@ class FastRelay(Relay):
         self.template = b""  # the last decoded chunk, without its text
 
     def check_event(self, event_type: bytes, data: bytes) -> bytes:
-        without_text = TOKEN_TEXT.sub(b'content":""', data, count=1)
+        without_text = TOKEN_TEXT.sub(b'content":""', data)
         if without_text == self.template and event_type != b"error":
             self.events_sent += 1
             return data

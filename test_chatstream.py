@@ -1819,7 +1819,7 @@ class HonestStatus(ServerCase):
     async def test_no_http(self) -> None:
         """An upstream that does not speak HTTP gives a 502 without its text."""
         answer = await self.answer_to(sends_raw(b"SSH-2.0-OpenSSH_9.2\r\n\r\n"))
-        self.assertEqual(answer.status, 502)
+        self.assert_error(answer, 502, "upstream_invalid")
         self.assertNotIn(b"SSH", answer.body)
 
     async def test_large_headers(self) -> None:
@@ -1828,11 +1828,14 @@ class HonestStatus(ServerCase):
         self.assertTrue((await self.answer_to(script)).is_complete)
 
     async def test_a_compressed_answer(self) -> None:
-        """A compressed answer is refused, and never inflated."""
+        """A compressed answer is refused at once, and never inflated."""
         bomb = gzip.compress(b"data: " + b"x" * 2**22)
-        script = sends(bomb, headers={"Content-Encoding": "gzip"})
-        answer = await self.answer_to(script)
-        self.assert_error(answer, 502, "upstream_invalid")
+        script = sends(bomb, headers={"Content-Encoding": "gzip"}, then=hangs)
+        async with serving(script) as server:
+            answer = await self.ask(server.url)
+            self.assert_error(answer, 502, "upstream_invalid")
+            call = await server.upstream.next_call()
+            await within_patience(call.gone.wait())
 
     async def test_an_answer_that_is_not_compressed(self) -> None:
         """An answer that says in some other way that it is not compressed is relayed."""
@@ -4467,6 +4470,17 @@ class Start(ServerCase):
             url = (await program.read_line()).split()[-1]
             metrics = await self.metrics(url)
             self.assertEqual(metrics["chatstream_max_streams"], 200)
+
+    async def test_fewer_open_files_than_wanted(self) -> None:
+        """So it is where the system does not allow as many as `max_streams` needs."""
+        limits = "ulimit -S -n 100; ulimit -H -n 264;"
+        environ = {"CHATSTREAM_PORT": "0", "CHATSTREAM_MAX_STREAMS": "200"}
+        async with process(
+            "chatstream.py", environment=environ, prefix=limits
+        ) as program:
+            url = (await program.read_line()).split()[-1]
+            metrics = await self.metrics(url)
+            self.assertIn(metrics["chatstream_max_streams"], range(60, 132))
 
     async def test_few_open_files(self) -> None:
         """Where the system allows few open files, no more streams are admitted than fit, and
