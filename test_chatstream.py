@@ -6334,8 +6334,13 @@ class Endings(PageCase):
 
     async def test_a_lost_connection(self) -> None:
         """A connection that breaks in mid-answer is called that."""
-        page = await self.open_other_server(BREAKS)
-        await page.ask()
+        go_on = asyncio.Event()
+        script = sends(text("Once"), then=waits_for(go_on, breaks_off))
+        page = await self.open_other_server(script)
+        await page.say("Hello")
+        await page.wait_for_text("Once")
+        go_on.set()
+        await page.wait_for_end()
         self.assertRegex(
             await page.text_of_answer(), r"Once[\s\S]*broke off.*connection"
         )
@@ -6478,9 +6483,14 @@ class Stop(PageCase):
 
     async def test_just_after_the_network_failed(self) -> None:
         """Taken away just after the network failed, and brought back, an answer is not running."""
-        page = await self.open_other_server(BREAKS)
+        go_on = asyncio.Event()
+        script = sends(text("Once"), then=waits_for(go_on, breaks_off))
+        page = await self.open_other_server(script)
         await page.say("Hello")
         await page.wait_for_text("Once")
+        go_on.set()
+        # The page notices, and waits before it says so.
+        await asyncio.sleep(0.2)
         await page.click("New chat")
         await page.click("Undo")
         self.answer_by(other_server(says("Good.")))
