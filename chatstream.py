@@ -55,7 +55,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 logger = logging.getLogger("chatstream")
 
 # ---- Server-sent events --------------------------------------------------------------
-# Bytes in, events out. It needs only BOM and `Iterator`: copy it freely.
+# Bytes in, events out. `EventParser` needs only `BOM` and `Iterator`: copy it freely.
 
 BOM = b"\xef\xbb\xbf"  # the byte order mark, in UTF-8
 
@@ -94,7 +94,7 @@ class EventParser:
             if data.strip():
                 yield event_type, data
         # An incomplete line counts, too. It begins with its field name, which is not data.
-        if len(self.partial_line) > self.limit + len("data: "):
+        if len(self.partial_line) > self.limit + len("error: "):
             raise OverflowError
 
     def close(self) -> Iterator[tuple[bytes, bytes]]:
@@ -246,7 +246,7 @@ class Relay:
         return bool(self.choices) and all(self.choices.values())
 
     def feed(self, piece: bytes) -> bytes:
-        """Returns the events to send after this piece, each as b"data: PAYLOAD\\n\\n"."""
+        """Returns the events that this piece completes, as b"data: PAYLOAD\\n\\n" each."""
         # Events have been sent, so the body is an event stream.
         if self.events_sent:
             return self.relay_events(self.parser.feed(piece))
@@ -328,7 +328,7 @@ class Relay:
     def check_event(self, event_type: bytes, data: bytes) -> bytes:
         """Returns the payload to send, or b"" if no client needs this event.
 
-        Raises Failure for an error in the stream, ValueError if malformed.
+        Raises Failure if the stream cannot go on, ValueError if the event is malformed.
         """
         # The whole payload must be [DONE]: a token may contain this text.
         if data.strip() == b"[DONE]":
@@ -411,7 +411,7 @@ class Exchange:
         self.response: web.StreamResponse | None = None  # None until it begins
         self.bytes_written = 0  # of events and heartbeats
         self.is_writing = False  # we wait for a slow client
-        # Its last bytes are decided: no heartbeat, and no other failure may follow.
+        # How it ends is decided: no heartbeat and no other failure may follow.
         self.is_ending = False
         self.is_sent = False  # the kernel has taken all of it
         self.failure: Failure | None = None
@@ -432,17 +432,17 @@ class Exchange:
     async def begin(
         self, response: web.StreamResponse | None = None
     ) -> web.StreamResponse:
-        """Sends the status and the headers: of this response, or 200 and an event stream.
+        """Sends the status and the headers of `response`, by default of an event stream.
 
         After that, they cannot change.
         """
         response = response or web.StreamResponse(headers=STREAM_HEADERS)
         response.headers.update(COMMON_HEADERS | {"X-Request-Id": self.id})
-        # A drain closes connections. In HTTP/1.0, that is also what ends a body.
+        # Closes the connection afterwards. In HTTP/1.0, that is what ends a body.
         if self.server.draining or self.request.version < (1, 1):
             response.force_close()
-        # Set before the wait: a heartbeat must not begin a second response.
         self.response = response
+        # It does not wait, so nothing can be written before the headers.
         await response.prepare(self.request)
         return response
 
@@ -475,19 +475,19 @@ class Exchange:
         self.is_sent = True
 
     def stop(self, failure: Failure) -> None:
-        """Ends the exchange with a failure, for `enforce_limits` and for `drain`."""
+        """Ends the exchange with a failure. Called by the time limits and by `drain`."""
         if self.is_ending:
             return
         self.is_ending = True
         self.failure = failure
-        # Cancelling aiohttp's wait for a slow client would also break its next wait, in
-        # which we send this failure. So `write` raises it when its wait is over.
+        # Cancelling aiohttp's wait for a slow client would break its next wait, too, and
+        # in that one we send this failure. So `write` raises it once its wait is over.
         if self.task and not self.is_writing:
             self.task.cancel()
 
 
 async def chat(exchange: Exchange) -> None:
-    """The life of one stream.
+    """The life of one chat completion, streamed or not.
 
     Raises Failure. CancelledError may be raised at any `await`: by aiohttp as soon as
     the client has left (see `handler_cancellation` in `listen`), or by `Exchange.stop`.
@@ -579,7 +579,7 @@ class UpstreamAnswer(aiohttp.ClientResponse):
     """
 
     def close(self) -> None:
-        # It has no connection any more once it has been read to its end.
+        # Once it has been read to its end, it no longer has a connection.
         if self.connection and self.connection.transport:
             self.connection.transport.abort()
         super().close()
@@ -610,7 +610,7 @@ class Stall:
 
 
 def enforce_limits(exchange: Exchange, settings: Settings) -> None:
-    """Ends an exchange if its request body takes too long, or if a side is silent."""
+    """Ends an exchange that is too slow on either side, or whose upstream is lost."""
     unsent = unsent_bytes(exchange.transport)
     bytes_taken = exchange.bytes_written - unsent
     stalled = exchange.client_stall.update(bytes_taken, is_waiting=unsent > 0)
@@ -646,14 +646,15 @@ def enforce_limits(exchange: Exchange, settings: Settings) -> None:
 
 
 def needs_heartbeat(exchange: Exchange, settings: Settings) -> bool:
-    """True if the client has been waiting for the heartbeat interval."""
+    """True if we have written nothing for the heartbeat interval."""
     is_waiting = exchange.is_event_stream and not unsent_bytes(exchange.transport)
     quiet = exchange.output_stall.update(exchange.bytes_written, is_waiting)
     return quiet >= settings.heartbeat_seconds
 
 
 async def send_heartbeat(exchange: Exchange) -> None:
-    # The answer may have ended since this task was created.
+    # Nothing may follow the last event, and no event may go into an answer in JSON, such
+    # as an error of the upstream that has come since this task was created.
     if exchange.is_ending or not exchange.is_event_stream:
         return
     with suppress(ConnectionError):  # the client has left
@@ -698,9 +699,9 @@ def check_exchanges(server: Chatstream) -> None:
 
 
 async def handle(server: Chatstream, request: web.BaseRequest) -> web.StreamResponse:
-    """Called by aiohttp for each request. Each one begins and ends here.
+    """Called by aiohttp for each request, which begins and ends here.
 
-    Its handler is in ROUTES.
+    `route` finds its handler in ROUTES.
     """
     if not request.transport:
         return web.Response()  # the client has already left
@@ -717,7 +718,7 @@ async def handle(server: Chatstream, request: web.BaseRequest) -> web.StreamResp
             raise
         await send_failure(exchange, exchange.failure)
     except ConnectionError:
-        pass  # the client has left while we were writing
+        pass  # the client left while we were writing
     except Exception as error:
         logger.exception("a bug in chatstream")
         await send_failure(exchange, Failure("internal_error", cause=repr(error)))
@@ -725,7 +726,7 @@ async def handle(server: Chatstream, request: web.BaseRequest) -> web.StreamResp
         server.exchanges.discard(exchange)
         server.streams.discard(exchange)
         count_and_log(exchange)
-    # aiohttp does not send a response that has been sent.
+    # aiohttp does not send a response twice.
     return exchange.response or web.Response()
 
 
@@ -761,7 +762,8 @@ def limit_unsent_bytes(transport: asyncio.Transport) -> None:
         return
     # A wait ends when the buffer is down to a quarter of this limit, here to nothing. So
     # `write_eof` returns when all is sent. With a limit of 0, asyncio's TLS transport
-    # would wait on an empty buffer.
+    # would wait on an empty buffer. (Over TLS, this is the buffer of the TLS layer. What
+    # the socket has not taken yet, some 64 KB or more, cannot be seen, and counts as sent.)
     transport.set_write_buffer_limits(high=1)
     # Otherwise, the kernel takes data in such large steps that a slow client looks dead.
     connection = transport.get_extra_info("socket")
@@ -785,7 +787,7 @@ async def listen(
         handler_cancellation=True,
         # A request of 60 KB could inflate to 60 MB.
         auto_decompress=False,
-        # On localhost, browsers send the cookies of every port.
+        # Heads of up to 64 KB: on localhost, browsers send the cookies of every port.
         max_field_size=2**16,
         max_line_size=2**16,
         # Seconds until an idle connection, or an unfinished request head, is closed.
@@ -953,10 +955,10 @@ def open_session(settings: Settings, proxy: str | None) -> aiohttp.ClientSession
         # One user's cookie must not be sent with another user's request.
         cookie_jar=aiohttp.DummyCookieJar(),
         response_class=UpstreamAnswer,
-        # Inflating 29 KB of gzip can block the loop for 20 s.
+        # Inflated, 29 KB of gzip can be millions of events, which block the loop for 20 s.
         auto_decompress=False,
-        # While a client is slow, aiohttp buffers up to twice as many bytes of its answer.
-        # Over TLS, what does not fit is lost if the upstream closes the connection.
+        # While a client is slow, aiohttp buffers up to twice this many bytes for it. Over
+        # TLS, the rest is lost if the upstream closes the connection.
         read_bufsize=2**17,
         max_field_size=2**16,
     )
@@ -985,7 +987,7 @@ async def open_upstream(
 ) -> aiohttp.ClientResponse:
     """Sends a request. Returns a successful answer, which the caller closes.
 
-    Raises Failure. A failed request is never retried: you might pay twice.
+    Raises Failure. A failed POST is never retried: you might pay twice.
     """
     server = exchange.server
     exchange.may_be_billed = body is not None
@@ -995,7 +997,8 @@ async def open_upstream(
             server.upstream_url + path,
             data=body,
             headers=upstream_headers(exchange),
-            allow_redirects=False,  # it would leak the key
+            # A redirect would send the conversation to another server.
+            allow_redirects=False,
         )
     except UPSTREAM_ERRORS as error:
         if isinstance(error, NOT_SENT):
@@ -1024,8 +1027,8 @@ def connection_failure(error: Exception) -> Failure:
     elif isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
         code = "too_many_streams"
     elif isinstance(error, aiohttp.ClientResponseError):
-        # Its text contains the proxy's URL, with the password, and its message quotes
-        # what was received, from the second line on.
+        # The text of a proxy's error contains its URL, with the password. A parser's
+        # message quotes what was received, mostly after its first line.
         reason = f"{error.status} " + error.message.partition("\n")[0]
         if not isinstance(error, aiohttp.ClientHttpProxyError):
             code = "upstream_invalid"  # the upstream does not speak HTTP
@@ -1033,7 +1036,7 @@ def connection_failure(error: Exception) -> Failure:
 
 
 async def status_failure(answer: aiohttp.ClientResponse) -> Failure:
-    """Turns a bad answer into a Failure. A 4xx keeps the upstream's words."""
+    """Turns an error status into a Failure. Most 4xx keep the upstream's message."""
     status = answer.status
     body = b""
     # The body says why, but is not worth a long wait.
@@ -1439,12 +1442,12 @@ OUTCOMES = (
 )
 
 
-# In seconds: from 0.01, doubling. OpenTelemetry's for GenAI end at 81.92; two are ours.
+# In seconds, doubling. OpenTelemetry's for GenAI end at 81.92; the last two are ours.
 BUCKETS = [0.01 * 2**power for power in range(16)]
 
 
 class Histogram:
-    """Counts the values up to each bound, and adds all of them up."""
+    """Counts the values up to each bound, and keeps the sum of all values."""
 
     def __init__(self) -> None:
         self.counts = dict.fromkeys(BUCKETS, 0)
@@ -1471,7 +1474,7 @@ class Histogram:
 
 
 def count_and_log(exchange: Exchange) -> None:
-    """Counts a finished exchange under one outcome, and writes its log line."""
+    """Counts and logs a chat completion. Logs others only if they fail."""
     failure = exchange.failure
     if failure:
         outcome = failure.outcome
@@ -1806,6 +1809,8 @@ def streams_for_files(wanted: int) -> int:
         return wanted
     needed = 2 * wanted + 64
     limit, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return wanted
     # First what we need: macOS reports no hard limit, but refuses to go that far.
     for raised in (max(limit, needed), hard_limit):
         with suppress(ValueError, OSError, OverflowError):
@@ -1923,7 +1928,7 @@ def whole_answer(question: str, answer: str) -> dict[str, object]:
 
 
 def last_question(messages: Any) -> str:
-    """The text of the user's last message. "Continue" sends an assistant's after it."""
+    """The text of the user's last message. "Continue" adds an assistant's after it."""
     questions = [message for message in messages if message.get("role") == "user"]
     content = questions[-1]["content"]
     # A content is text, or a list of parts, some with text.
@@ -1987,8 +1992,8 @@ def handle_signals(stop: Callable[[], object]) -> None:
 
 
 def on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    # asyncio would log a traceback for each connection that it cannot accept because no
-    # files are left, and, on Windows, for each one that the other side resets.
+    # asyncio would log a traceback for each connection that it cannot accept because too
+    # many files are open, and, on Windows, for each one that the other side resets.
     if not isinstance(context.get("exception"), OSError):
         loop.default_exception_handler(context)
 
@@ -1999,8 +2004,8 @@ def main() -> None:
     logging.raiseExceptions = False
     # aiohttp would log a traceback for each malformed request. We log our own bugs.
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
-    # With 1,000 streams, a full garbage collection stops all of them for 0.1 s. With a
-    # higher threshold (by default 700 or 2,000 new objects), there are fewer of them.
+    # With 1,000 streams, a full garbage collection stops every stream for 0.1 s. A higher
+    # threshold (the default is 700 or 2,000 new objects) makes collections rarer.
     gc.set_threshold(10_000)
     settings = read_settings(os.environ, sys.argv[1:])
     try:

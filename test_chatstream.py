@@ -2180,7 +2180,7 @@ class UpstreamRequest(ServerCase):
         self.assertNotIn("authorization", server.upstream.calls[0].headers)
 
     async def test_redirects_are_not_followed(self) -> None:
-        """A redirect is not followed: the key would travel along."""
+        """A redirect is not followed: the conversation would travel along."""
         async with scripted_upstream(SAYS_HI) as elsewhere:
             script = responds(
                 307, b"", {"Location": elsewhere.url + "/chat/completions"}
