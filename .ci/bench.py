@@ -5,8 +5,8 @@
     python .ci/bench.py --only chatstream --only pump
 
 Each server relays the same streams from a scripted upstream to the same clients. It has one core to
-itself; the upstream and the clients share another. What is printed is the median of the runs, as a
-table for the README, and `.github/speed.svg` is drawn from it if there is work and a peer to draw.
+itself; the upstream and the clients share another. What is printed are medians of the runs: first
+the README's table, with CPU as a multiple of chatstream's, then all that was measured.
 
 The servers are chatstream and those of `.ci/peers`: `pump` always; `starlette_httpx` and
 `fastapi_openai` where these Python packages and uvicorn are installed; `go_stdlib` where `go` is on
@@ -197,8 +197,8 @@ async def run_load(url: str, work: Work) -> None:
 
 LABELS = {
     "chatstream": "chatstream",
-    "pump": "bare aiohttp pump",
-    "go_stdlib": "Go net/http",
+    "pump": "aiohttp, no parsing",
+    "go_stdlib": "Go, net/http",
     "starlette_httpx": "Starlette, httpx",
     "fastapi_openai": "FastAPI, OpenAI's SDK",
 }
@@ -378,78 +378,47 @@ def median(results: list[Result], field: str) -> float:
 
 Results = dict[str, dict[str, list[Result]]]  # by work, then by server
 
-ROWS = [  # the work, the field, and what the row says
-    ("saturate", "cpu_us_per_event", "CPU per event, as fast as the upstream sends"),
-    ("paced", "cpu_us_per_event", "CPU per event, 100 streams of 50 events/s"),
-    ("short", "cpu_us_per_stream", "CPU per stream of 3 events"),
-    ("paced", "delay_p50_ms", "delay, median, 100 streams of 50 events/s"),
-    ("paced", "delay_p99_ms", "delay, 99th percentile, the same"),
-    ("idle", "delay_p99_ms", "delay, 99th percentile, 1,000 streams of 5 events/s"),
-    ("idle", "kb_per_stream", "memory per open stream, of 1,000"),
+# The work, the field, and what the row says.
+README_ROWS = [
+    ("saturate", "cpu_us_per_event", "per event, at full speed"),
+    ("paced", "cpu_us_per_event", "per event, at 50 a second"),
+    ("short", "cpu_us_per_stream", "per stream of 3 events"),
+]
+ALL_ROWS = [
+    (
+        "saturate",
+        "cpu_us_per_event",
+        "CPU per event, as fast as the upstream sends, µs",
+    ),
+    ("paced", "cpu_us_per_event", "CPU per event, 100 streams of 50 events/s, µs"),
+    ("short", "cpu_us_per_stream", "CPU per stream of 3 events, µs"),
+    ("paced", "delay_p50_ms", "delay, median, 100 streams of 50 events/s, ms"),
+    ("paced", "delay_p99_ms", "delay, 99th percentile, the same, ms"),
+    ("idle", "delay_p99_ms", "delay, 99th percentile, 1,000 streams of 5 events/s, ms"),
+    ("idle", "kb_per_stream", "memory per open stream, of 1,000, KB"),
 ]
 
 
-def cell(field: str, value: float, ours: float | None) -> str:
-    """CPU is given as a multiple of chatstream's; the rest as it was measured."""
-    if field.startswith("cpu"):
-        if ours is not None:
-            return f"{value / ours:.2f} ×"
-        return f"{value:.1f} µs" if value < 100 else f"{value:.0f} µs"
-    if field.startswith("delay"):
-        return f"{value:.2f} ms"
-    return f"{value:.0f} KB"
-
-
-def table(results: Results, servers: list[str]) -> str:
+def table(
+    results: Results,
+    servers: list[str],
+    rows: list[tuple[str, str, str]],
+    relative_to: str = "",
+) -> str:
+    """A table in Markdown: the medians, or their ratios to those of one server."""
     lines = [
         "| | " + " | ".join(LABELS[server] for server in servers) + " |",
         "|---" * (len(servers) + 1) + "|",
     ]
-    for work, field, label in ROWS:
+    for work, field, label in rows:
         if work not in results:
             continue
-        cells = []
-        ours = None
-        for server in servers:
-            value = median(results[work][server], field)
-            cells.append(cell(field, value, ours))
-            if server == "chatstream":
-                ours = value
+        unit = median(results[work][relative_to], field) if relative_to else 1.0
+        values = [median(results[work][server], field) / unit for server in servers]
+        # Two digits are as much as such a measurement is worth.
+        cells = [f"{value:.2g}" if value < 100 else f"{value:.0f}" for value in values]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-SVG = """\
-<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 {height}" role="img"
-  font-family="system-ui, sans-serif" font-size="14">
-<title>{title}</title>
-<style>
-text {{ fill: #222 }} rect {{ fill: #8a94a6 }} .ours {{ fill: #2563eb }}
-@media (prefers-color-scheme: dark) {{ text {{ fill: #ddd }} .ours {{ fill: #60a5fa }} }}
-</style>
-<text x="8" y="22" font-weight="600">{title}</text>
-{bars}
-</svg>
-"""
-
-
-def draw(values: dict[str, float], title: str) -> str:
-    """Horizontal bars, one a server."""
-    bars = []
-    largest = max(values.values())
-    y = 40
-    for server, value in values.items():
-        width = 380 * value / largest
-        style = ' class="ours"' if server == "chatstream" else ""
-        bars.append(
-            f'<text x="176" y="{y + 16}" text-anchor="end">{LABELS[server]}</text>'
-        )
-        bars.append(
-            f'<rect{style} x="184" y="{y}" width="{width:.1f}" height="22" rx="3"/>'
-        )
-        bars.append(f'<text x="{width + 192:.1f}" y="{y + 16}">{value:.0f} µs</text>')
-        y += 32
-    return SVG.format(height=y + 4, title=title, bars="\n".join(bars))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -495,19 +464,15 @@ def main() -> None:
                         print(f"run {run}, {server}, {work}: {result}", file=sys.stderr)
                     if server == "chatstream" and run == 1 and "memory" in works:
                         growth.append(measure_growth(pid, url))
+    peers = [server for server in servers if server != "chatstream"]
+    if results and peers and "chatstream" in servers:
+        print(table(results, peers, README_ROWS, relative_to="chatstream") + "\n")
     if results:
-        print(table(results, servers))
+        print(table(results, servers, ALL_ROWS))
     for kilobytes in growth:
         print(
             f"\nchatstream after 10,000 streams, beside after 1,000: {kilobytes:+} KB"
         )
-    if "paced" in results and "chatstream" in servers and len(servers) > 1:
-        values = {
-            server: median(results["paced"][server], "cpu_us_per_event")
-            for server in servers
-        }
-        title = "CPU per relayed event, 100 streams of 50 events/s (less is better)"
-        (ROOT / ".github/speed.svg").write_text(draw(values, title), encoding="utf-8")
 
 
 if __name__ == "__main__":
