@@ -1746,7 +1746,7 @@ SETTINGS: list[tuple[str, str, Callable[[str], object], str]] = [
     ("OPENAI_MODEL", "gpt-4o-mini", model_names, "models, the default first; * = any"),
     ("CHATSTREAM_HOST", "127.0.0.1", str, "address to listen on"),
     ("CHATSTREAM_PORT", "8080", port_number, "port; 0 = any free one"),
-    ("CHATSTREAM_ALLOWED_HOSTS", "", host_names, "more Host names to accept"),
+    ("CHATSTREAM_ALLOWED_HOSTS", "", host_names, "Host names to accept"),
     ("CHATSTREAM_MAX_STREAMS", "1000", positive_integer, "streams at once"),
     ("CHATSTREAM_MAX_BODY_BYTES", "1048576", positive_integer, "largest request body"),
     ("CHATSTREAM_MAX_EVENT_BYTES", "1048576", positive_integer, "largest event"),

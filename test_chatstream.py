@@ -834,7 +834,7 @@ async def process(
         "NO_PROXY",
     )
     inherited = {k: v for k, v in os.environ.items() if not k.upper().startswith(ours)}
-    # To load the system's certificate authorities takes a fifth of the start.
+    # Loading the system's certificate authorities takes a fifth of the start.
     usual = {"PYTHONWARNINGS": "default", "SSL_CERT_FILE": os.devnull}
     command = f'{prefix} exec "$@" {redirection}'
     with tempfile.TemporaryFile() as stderr:
@@ -1776,7 +1776,7 @@ class HonestStatus(ServerCase):
         self.assertNotIn("X-Internal", answer.headers)
 
     async def test_a_message_beside_a_status_text(self) -> None:
-        """Where `error` is only the status's name, the message is beside it."""
+        """Where `error` only repeats the status, the text in `message` is shown."""
         body = {"statusCode": 400, "error": "Bad Request", "message": "No such model"}
         answer = await self.answer_to(responds(400, body))
         self.assertEqual(answer.error["message"], "No such model")
@@ -5575,6 +5575,16 @@ class PageCase(unittest.IsolatedAsyncioTestCase):
         self.server = Server(upstream.url.removesuffix("/v1"), upstream)
         return await self.open_url(self.server.url + path)
 
+    async def open_broken_answer(self) -> Page:
+        """The page of such a server, whose connection breaks after "Once" is shown."""
+        go_on = asyncio.Event()
+        script = sends(text("Once"), then=waits_for(go_on, breaks_off))
+        page = await self.open_other_server(script)
+        await page.say("Hello")
+        await page.wait_for_text("Once")
+        go_on.set()
+        return page
+
     async def open_url(self, url: str, width: int = 1000) -> Page:
         """Shows this address in the one tab that all tests share: a new one takes long."""
         async with self.http.get(devtools_url()) as response:
@@ -6334,12 +6344,7 @@ class Endings(PageCase):
 
     async def test_a_lost_connection(self) -> None:
         """A connection that breaks in mid-answer is called that."""
-        go_on = asyncio.Event()
-        script = sends(text("Once"), then=waits_for(go_on, breaks_off))
-        page = await self.open_other_server(script)
-        await page.say("Hello")
-        await page.wait_for_text("Once")
-        go_on.set()
+        page = await self.open_broken_answer()
         await page.wait_for_end()
         self.assertRegex(
             await page.text_of_answer(), r"Once[\s\S]*broke off.*connection"
@@ -6432,6 +6437,13 @@ class Stop(PageCase):
             await page.wait_for_text("Once")
         return page
 
+    async def begin_and_leave(self) -> Page:
+        """Leaves the page in mid-answer, and waits until the upstream has been let go."""
+        page = await self.begin(STALLS)
+        await page.devtools.call("Page.navigate", url="about:blank")
+        await asyncio.wait_for(self.calls[0].gone.wait(), PATIENCE)
+        return page
+
     async def check_stopped(self, page: Page) -> None:
         await asyncio.wait_for(self.calls[0].gone.wait(), PATIENCE)
         await page.wait_for_text("Stopped by you")
@@ -6483,12 +6495,7 @@ class Stop(PageCase):
 
     async def test_just_after_the_network_failed(self) -> None:
         """Taken away just after the network failed, and brought back, an answer is not running."""
-        go_on = asyncio.Event()
-        script = sends(text("Once"), then=waits_for(go_on, breaks_off))
-        page = await self.open_other_server(script)
-        await page.say("Hello")
-        await page.wait_for_text("Once")
-        go_on.set()
+        page = await self.open_broken_answer()
         # The page notices, and waits before it says so.
         await asyncio.sleep(0.2)
         await page.click("New chat")
@@ -6500,15 +6507,11 @@ class Stop(PageCase):
 
     async def test_closed_tab(self) -> None:
         """Leaving the page ends the upstream's request, even if the browser keeps the page."""
-        page = await self.begin(STALLS)
-        await page.devtools.call("Page.navigate", url="about:blank")
-        await asyncio.wait_for(self.calls[0].gone.wait(), PATIENCE)
+        await self.begin_and_leave()
 
     async def test_back_to_the_page(self) -> None:
         """Whoever comes back finds the part of the answer, marked "Interrupted"."""
-        page = await self.begin(STALLS)
-        await page.devtools.call("Page.navigate", url="about:blank")
-        await asyncio.wait_for(self.calls[0].gone.wait(), PATIENCE)
+        page = await self.begin_and_leave()
         await page.run("history.back()")
         await page.wait_for_text("Interrupted")
         self.assertIn("Once", await page.text_of_answer())

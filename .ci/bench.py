@@ -5,8 +5,8 @@
     python .ci/bench.py --only chatstream --only pump
 
 Each server relays the same streams from a scripted upstream to the same clients. It has one core to
-itself; the upstream and the clients share another. What is printed are medians of the runs: first
-the README's table, with CPU as a multiple of chatstream's, then all that was measured.
+itself; the upstream and the clients share another. It prints medians of the runs: first the README's
+table, with CPU as a multiple of chatstream's, then everything that was measured.
 
 The servers are chatstream and those of `.ci/peers`: `pump` always; `starlette_httpx` and
 `fastapi_openai` where these Python packages and uvicorn are installed; `go_stdlib` where `go` is on
@@ -415,7 +415,7 @@ def table(
             continue
         unit = median(results[work][relative_to], field) if relative_to else 1.0
         values = [median(results[work][server], field) / unit for server in servers]
-        # Two digits are as much as such a measurement is worth.
+        # Such a measurement is not worth more than two digits.
         cells = [f"{value:.2g}" if value < 100 else f"{value:.0f}" for value in values]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
