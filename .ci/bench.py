@@ -5,8 +5,8 @@
     python .ci/bench.py --only chatstream --only pump
 
 Each server relays the same streams from a scripted upstream to the same clients. It has one core to
-itself; the upstream and the clients share another. It prints medians of the runs: first the README's
-table, with CPU as a multiple of chatstream's, then everything that was measured.
+itself; the upstream and the clients share another. It prints medians of the runs: first the
+README's table, with CPU as a multiple of chatstream's, then everything that was measured.
 
 The servers are chatstream and those of `.ci/peers`: `pump` always; `starlette_httpx` and
 `fastapi_openai` where these Python packages and uvicorn are installed; `go_stdlib` where `go` is on
