@@ -222,10 +222,7 @@ MAX_CHOICES = 128  # as in OpenAI's API
 
 
 class Relay:
-    """Turns the body of an upstream's answer into the events for the client.
-
-    Ends with `done` (the answer is complete) or a `failure`.
-    """
+    """Turns the body of an upstream's answer into the events for the client."""
 
     def __init__(self, parser: EventParser) -> None:
         self.parser = parser
@@ -235,18 +232,18 @@ class Relay:
         self.events_received = 0
         self.events_sent = 0
         self.choices: dict[int, bool] = {}  # index: whether it has a `finish_reason`
-        self.malformed = False  # a payload was not a JSON object
-        self.done = False
-        # Raised by `relay_answer`, after the events before it have been written.
-        self.failure: Failure | None = None
+        self.done = False  # the answer is complete
 
     @property
     def all_finished(self) -> bool:
         """Every choice has a `finish_reason`: the body may end without [DONE]."""
         return bool(self.choices) and all(self.choices.values())
 
-    def feed(self, piece: bytes) -> bytes:
-        """Returns the events that this piece completes, as b"data: PAYLOAD\\n\\n" each."""
+    def feed(self, piece: bytes) -> Iterator[bytes]:
+        """Yields the events that this piece completes, as b"data: PAYLOAD\\n\\n" each.
+
+        Raises Failure, after yielding the events before it.
+        """
         # Events have been sent, so the body is an event stream.
         if self.events_sent:
             return self.relay_events(self.parser.feed(piece))
@@ -256,74 +253,59 @@ class Relay:
             self.body_start += piece[:2000]
         # The first byte decides the kind of body: Content-Type is often wrong.
         if self.body_start.startswith(b"<"):
-            self.failure = Failure("upstream_error", cause="an HTML page", body=piece)
-            return b""
+            raise Failure("upstream_error", cause="an HTML page", body=piece)
         if self.body_start.startswith((b"{", b"[")):
             self.document += piece
             if len(self.document) > self.parser.limit:
-                self.failure = Failure("event_too_large")
-            return b""
+                raise Failure("event_too_large")
+            return iter([])
         return self.relay_events(self.parser.feed(piece))
 
-    def close(self, error: Exception | None = None) -> bytes:
+    def close(self, error: Exception | None = None) -> Iterator[bytes]:
         """Like `feed`, for the end of the body. `error` is what broke the connection.
 
         Decides whether an answer without [DONE] is complete.
         """
-        if self.document:
-            out, is_cut_off = self.relay_document()
-        else:
-            out = self.relay_events(self.parser.close())
+        events = self.parser.close()
+        document = bytes(self.document).strip(WHITE_SPACE)
+        if document:
+            events = iter([(b"", document)])
+        try:
+            yield from self.relay_events(events)
+        except Failure as failure:
             # The last event lacks its empty line. If it is malformed, it was cut off.
-            is_cut_off = self.malformed
-        if is_cut_off:
-            # Replaces the "upstream_invalid" of `relay_events`.
-            self.failure = truncation(error)
-        if self.done or self.failure:
-            return out
-        if self.all_finished or (self.document and self.choices and not error):
+            is_cut_off = not document or looks_cut_off(document)
+            if failure.code == "upstream_invalid" and is_cut_off:
+                raise truncation(error) from None
+            raise
+        if self.done:
+            return
+        if self.all_finished or (document and self.choices and not error):
             self.done = True
-            return out + DONE
-        if error or self.events_sent:
-            self.failure = truncation(error)
+            yield DONE
+        elif error or self.events_sent:
+            raise truncation(error)
         elif self.events_received or self.parser.saw_unknown_field:
             cause = "no chunk in the body"
             body = bytes(self.body_start)
-            self.failure = Failure("upstream_invalid", cause=cause, body=body)
+            raise Failure("upstream_invalid", cause=cause, body=body)
         else:
-            self.failure = Failure("empty_stream")
-        return out
+            raise Failure("empty_stream")
 
-    def relay_document(self) -> tuple[bytes, bool]:
-        """Returns the events to send, and whether the document is cut off."""
-        document = bytes(self.document).strip(WHITE_SPACE)
-        out = self.relay_events([(b"", document)])
-        # A document without choices is not an answer, even if it has `usage`.
-        if not self.choices:
-            out = b""
-            self.events_sent = 0
-        return out, self.malformed and looks_cut_off(document)
-
-    def relay_events(self, events: Iterable[tuple[bytes, bytes]]) -> bytes:
-        out = []
-        data = b""
+    def relay_events(self, events: Iterable[tuple[bytes, bytes]]) -> Iterator[bytes]:
         try:
             for event_type, data in events:
                 self.events_received += 1
                 payload = self.check_event(event_type, data)
                 if payload:
-                    out.append(b"data: %b\n\n" % payload)
+                    yield b"data: %b\n\n" % payload
                 if self.done:
                     break
-        except Failure as failure:
-            self.failure = failure
         except OverflowError:
-            self.failure = Failure("event_too_large")
+            raise Failure("event_too_large") from None
         except ValueError:
-            self.malformed = True
             cause = "not a JSON object"
-            self.failure = Failure("upstream_invalid", cause=cause, body=data)
-        return b"".join(out)
+            raise Failure("upstream_invalid", cause=cause, body=data) from None
 
     def check_event(self, event_type: bytes, data: bytes) -> bytes:
         """Returns the payload to send, or b"" if no client needs this event.
@@ -354,9 +336,12 @@ class Relay:
     def check_chunk(self, chunk: dict[str, Any], data: bytes) -> bytes:
         choices = chunk.get("choices")
         if not isinstance(choices, list):
-            if not chunk.get("usage"):  # {"type": "ping"}
+            if self.document or not chunk.get("usage"):  # {"type": "ping"}
                 return b""
             return encode_json(chunk | {"choices": []})
+        # A document without choices is not an answer, even if it has `usage`.
+        if self.document and not choices:
+            return b""
         changed = False
         for choice in choices:
             if not isinstance(choice, dict):
@@ -446,7 +431,7 @@ class Exchange:
         await response.prepare(self.request)
         return response
 
-    async def write(self, data: bytes) -> None:
+    async def write(self, data: bytes | bytearray) -> None:
         """Writes events. Every 64 KB, aiohttp waits until the kernel has taken everything.
 
         While we wait, we do not read from the upstream, so its sends have to wait, too:
@@ -544,17 +529,20 @@ async def relay_answer(
     HTTP status.
     """
     while not relay.done:
-        if relay.failure:
-            raise relay.failure
         piece, error = await read_piece(answer.content)
-        out = relay.feed(piece) if piece else relay.close(error)
-        if out and not exchange.first_event_seconds:
-            exchange.first_event_seconds = time.monotonic() - exchange.started
-        # Set before the write: no heartbeat and no failure may follow [DONE].
-        if relay.done:
-            exchange.is_ending = True
-        if out:
-            await exchange.write(out)
+        out = bytearray()
+        try:
+            for event in relay.feed(piece) if piece else relay.close(error):
+                out += event
+        # Also after a failure: the events before it are part of the answer.
+        finally:
+            if out and not exchange.first_event_seconds:
+                exchange.first_event_seconds = time.monotonic() - exchange.started
+            # Set before the write: no heartbeat and no failure may follow [DONE].
+            if relay.done:
+                exchange.is_ending = True
+            if out:
+                await exchange.write(out)
 
 
 async def read_piece(content: aiohttp.StreamReader) -> tuple[bytes, Exception | None]:
