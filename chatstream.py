@@ -296,7 +296,9 @@ class Relay:
         try:
             for event_type, data in events:
                 self.events_received += 1
-                payload = self.check_event(event_type, data)
+                if event_type == b"error":
+                    raise error_in_stream(data)
+                payload = self.check_event(data)
                 if payload:
                     yield b"data: %b\n\n" % payload
                 if self.done:
@@ -307,7 +309,7 @@ class Relay:
             cause = "not a JSON object"
             raise Failure("upstream_invalid", cause=cause, body=data) from None
 
-    def check_event(self, event_type: bytes, data: bytes) -> bytes:
+    def check_event(self, data: bytes) -> bytes:
         """Returns the payload to send, or b"" if no client needs this event.
 
         Raises Failure if the stream cannot go on, ValueError if the event is malformed.
@@ -318,8 +320,6 @@ class Relay:
                 raise Failure("empty_stream")
             self.done = True
             return b"[DONE]"
-        if event_type == b"error":
-            raise error_in_stream(data)
         chunk = decode_json(data)
         if error_in(chunk):
             raise error_in_stream(data)
@@ -812,12 +812,12 @@ class FastRelay(Relay):
         super().__init__(parser)
         self.template = b""  # the last decoded chunk, without its text
 
-    def check_event(self, event_type: bytes, data: bytes) -> bytes:
+    def check_event(self, data: bytes) -> bytes:
         without_text = TOKEN_TEXT.sub(b'content":""', data)
-        if without_text == self.template and event_type != b"error":
+        if without_text == self.template:
             self.events_sent += 1
             return data
-        payload = super().check_event(event_type, data)
+        payload = super().check_event(data)
         # If this payload had to be changed, one with another text has to be, too.
         self.template = without_text if payload == data else b""
         return payload
