@@ -305,14 +305,14 @@ class Relay:
                     break
         except OverflowError:
             raise Failure("event_too_large") from None
-        except ValueError:
+        except NOT_JSON:
             cause = "not a JSON object"
             raise Failure("upstream_invalid", cause=cause, body=data) from None
 
     def check_event(self, data: bytes) -> bytes:
         """Returns the payload to send, or b"" if no client needs this event.
 
-        Raises Failure if the stream cannot go on, ValueError if the event is malformed.
+        Raises Failure if the stream cannot go on, NOT_JSON if the event is malformed.
         """
         # The whole payload must be [DONE]: a token may contain this text.
         if data.strip() == b"[DONE]":
@@ -876,7 +876,7 @@ def check_request(
     """
     try:
         parameters = decode_json(body)
-    except ValueError:
+    except NOT_JSON:
         raise Failure("invalid_json") from None
     if not isinstance(parameters, dict):
         raise Failure("invalid_request")
@@ -903,7 +903,7 @@ def check_request(
     try:
         # Encoding it again drops duplicate keys, so no second `model` slips past the check.
         return encode_json(parameters), stream
-    except ValueError:
+    except NOT_JSON:
         raise Failure("invalid_json") from None
 
 
@@ -1061,7 +1061,7 @@ async def read_document(
     document = body.strip(BOM + WHITE_SPACE)
     try:
         decoded = decode_json(document)
-    except ValueError:
+    except NOT_JSON:
         raise Failure("upstream_invalid", cause="not JSON", body=body) from None
     if error_in(decoded):
         raise error_in_stream(document)
@@ -1080,21 +1080,19 @@ def refuse_constant(name: str) -> None:
 JSON_DECODER = json.JSONDecoder(parse_constant=refuse_constant)
 JSON_ENCODER = json.JSONEncoder(allow_nan=False)
 
+# Raised for what is not JSON in UTF-8, for a number like 1e999, and if it is nested too
+# deeply.
+NOT_JSON = (ValueError, RecursionError)
+
 
 def encode_json(value: object) -> bytes:
-    """Raises ValueError for a number like 1e999, or if it is nested too deeply."""
-    try:
-        return JSON_ENCODER.encode(value).encode()
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+    """Raises NOT_JSON."""
+    return JSON_ENCODER.encode(value).encode()
 
 
 def decode_json(data: bytes) -> Any:
-    """Raises ValueError if it is not JSON in UTF-8, or nested too deeply."""
-    try:
-        return JSON_DECODER.decode(data.decode())
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+    """Raises NOT_JSON."""
+    return JSON_DECODER.decode(data.decode())
 
 
 def message_to_delta(choice: dict[str, Any], is_repetition: bool) -> None:
@@ -1157,7 +1155,7 @@ def describe(failure: Failure) -> Failure:
     """Fills in the error details from an upstream's body, in any known dialect."""
     try:
         document = decode_json(failure.body)
-    except ValueError:
+    except NOT_JSON:
         return failure
     error = error_in(document)
     details = error if isinstance(error, dict) else document
@@ -1860,7 +1858,7 @@ async def demo_upstream(
         body = decode_json(await request.content.read())
         model = body["model"]
         question = last_question(body["messages"])
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (*NOT_JSON, LookupError, TypeError, AttributeError):
         error = {"message": "Not a chat completion."}
         return web.json_response({"error": error}, status=400)
     if model == "demo-rate-limit":
