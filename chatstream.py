@@ -1120,25 +1120,21 @@ def truncation(error: Exception | None) -> Failure:
     return Failure("stream_truncated", cause=cause)
 
 
-def first_of_list(document: object) -> object:
-    """[{"error": …}] -> {"error": …}, as Google's servers send it."""
-    if isinstance(document, list) and document:
-        return document[0]
-    return document
-
-
-def error_in(document: object) -> object:
-    """The error that a document reports, in any upstream's dialect, or None."""
-    document = first_of_list(document)
+def error_in(document: object) -> dict[str, Any] | None:
+    """The object that describes an error, in any upstream's dialect, or None."""
+    if isinstance(document, list) and document:  # as Google's servers send it
+        document = document[0]
     if not isinstance(document, dict):
         return None
-    if document.get("error"):
-        return document["error"]
+    parts = [document]
     choices = document.get("choices")
     if isinstance(choices, list):
-        for choice in choices:
-            if isinstance(choice, dict) and choice.get("error"):
-                return choice["error"]
+        parts += choices
+    for part in parts:
+        error = part.get("error") if isinstance(part, dict) else None
+        if error:
+            # It may also be a text, or a flag beside the message.
+            return error if isinstance(error, dict) else part
     return document if document.get("object") == "error" else None
 
 
@@ -1157,9 +1153,8 @@ def describe(failure: Failure) -> Failure:
         document = decode_json(failure.body)
     except NOT_JSON:
         return failure
-    error = error_in(document)
-    details = error if isinstance(error, dict) else document
-    message = message_in(details) or message_in(document) or message_in(error)
+    details = error_in(document) or document
+    message = message_in(details)
     if message and not HTML_OR_TRACEBACK.search(message):
         failure.message = message
     if isinstance(details, dict):
@@ -1173,15 +1168,15 @@ def describe(failure: Failure) -> Failure:
 MESSAGE_KEYS = ("message", "msg", "detail", "error", "errors")
 
 
-def message_in(document: object, depth: int = 5) -> str:
+def message_in(details: Any) -> str:
     """The message text: {"error": {"message": text}}, {"detail": [{"msg": text}]} …"""
-    if isinstance(document, str):
-        return document
-    document = first_of_list(document)
-    if isinstance(document, dict) and depth:
-        texts = (message_in(document.get(key), depth - 1) for key in MESSAGE_KEYS)
-        return next(filter(None, texts), "")
-    return ""
+    for _ in range(8):  # it may be nested, but not without end
+        if isinstance(details, list) and details:
+            details = details[0]
+        elif isinstance(details, dict):
+            values = (details.get(key) for key in MESSAGE_KEYS)
+            details = next(filter(None, values), "")
+    return details if isinstance(details, str) else ""
 
 
 # ---- Who gets in ---------------------------------------------------------------------
