@@ -1098,15 +1098,14 @@ def decode_json(data: bytes) -> Any:
 def message_to_delta(choice: dict[str, Any], is_repetition: bool) -> None:
     """Replaces the `message` of a whole answer with a `delta`, as in a stream."""
     message = choice.pop("message")
-    if choice.get("delta"):
-        return
     # If deltas came before it, the message only repeats them.
-    choice["delta"] = {} if is_repetition else message
-    calls = message.get("tool_calls") if isinstance(message, dict) else None
-    if isinstance(calls, list):
+    if is_repetition:
+        message = {}
+    choice["delta"] = choice.get("delta") or message
+    calls: Any = message.get("tool_calls") if isinstance(message, dict) else None
+    if is_list_of_objects(calls):
         for index, call in enumerate(calls):
-            if isinstance(call, dict):
-                call.setdefault("index", index)
+            call.setdefault("index", index)
 
 
 def looks_cut_off(document: bytes) -> bool:
