@@ -222,13 +222,17 @@ MAX_CHOICES = 128  # as in OpenAI's API
 
 
 class Relay:
-    """Turns the body of an upstream's answer into the events for the client."""
+    """Turns the body of an upstream's answer into the events for the client.
+
+    `feed` and `close` append them to `out`, each as b"data: PAYLOAD\\n\\n", and raise
+    Failure. The caller empties `out`.
+    """
 
     def __init__(self, parser: EventParser) -> None:
         self.parser = parser
-        # Without leading white space. It tells the kind of body, and is for the log.
-        self.body_start = bytearray()
-        self.document = bytearray()  # a body that is one JSON document, not a stream
+        self.out: list[bytes] = []
+        self.body_start = b""  # without leading white space, for the log
+        self.is_document = False  # the body is one JSON document, not a stream
         self.events_received = 0
         self.events_sent = 0
         self.choices: dict[int, bool] = {}  # index: whether it has a `finish_reason`
@@ -239,60 +243,57 @@ class Relay:
         """Every choice has a `finish_reason`: the body may end without [DONE]."""
         return bool(self.choices) and all(self.choices.values())
 
-    def feed(self, piece: bytes) -> Iterator[bytes]:
-        """Yields the events that this piece completes, as b"data: PAYLOAD\\n\\n" each.
+    def feed(self, piece: bytes) -> None:
+        # Once an event has been sent, we know that the body is an event stream.
+        if not self.events_sent:
+            piece = self.read_start(piece)
+        self.relay_events(self.parser.feed(piece))
 
-        Raises Failure, after yielding the events before it.
-        """
-        # Events have been sent, so the body is an event stream.
-        if self.events_sent:
-            return self.relay_events(self.parser.feed(piece))
+    def read_start(self, piece: bytes) -> bytes:
+        """Finds out what kind of body it is. Returns what the parser is to read."""
+        prefix = b""
         if not self.body_start:
             piece = piece.lstrip(BOM + WHITE_SPACE)
-        if len(self.body_start) < 2000:
-            self.body_start += piece[:2000]
-        # The first byte decides the kind of body: Content-Type is often wrong.
-        if self.body_start.startswith(b"<"):
-            raise Failure("upstream_error", cause="an HTML page", body=piece)
-        if self.body_start.startswith((b"{", b"[")):
-            self.document += piece
-            if len(self.document) > self.parser.limit:
-                raise Failure("event_too_large")
-            return iter([])
-        return self.relay_events(self.parser.feed(piece))
+            # The first byte decides: Content-Type is often wrong.
+            if piece.startswith(b"<"):
+                raise Failure("upstream_error", cause="an HTML page", body=piece)
+            if piece.startswith((b"{", b"[")):
+                self.is_document = True
+                prefix = b"data: "
+        self.body_start = (self.body_start + piece)[:2000]
+        if self.is_document:
+            # The document becomes one event. Tabs instead of line ends mean the same in
+            # JSON, and are just as invalid inside a text.
+            piece = piece.replace(b"\r", b"\t").replace(b"\n", b"\t")
+        return prefix + piece
 
-    def close(self, error: Exception | None = None) -> Iterator[bytes]:
-        """Like `feed`, for the end of the body. `error` is what broke the connection.
+    def close(self, error: Exception | None = None) -> None:
+        """At the end of the body. `error` is what broke the connection.
 
         Decides whether an answer without [DONE] is complete.
         """
-        events = self.parser.close()
-        document = bytes(self.document).strip(WHITE_SPACE)
-        if document:
-            events = iter([(b"", document)])
         try:
-            yield from self.relay_events(events)
+            self.relay_events(self.parser.close())
         except Failure as failure:
             # The last event lacks its empty line. If it is malformed, it was cut off.
-            is_cut_off = not document or looks_cut_off(document)
+            is_cut_off = not self.is_document or looks_cut_off(failure.body)
             if failure.code == "upstream_invalid" and is_cut_off:
                 raise truncation(error) from None
             raise
         if self.done:
             return
-        if self.all_finished or (document and self.choices and not error):
+        if self.all_finished or (self.is_document and self.choices and not error):
             self.done = True
-            yield DONE
+            self.out.append(DONE)
         elif error or self.events_sent:
             raise truncation(error)
         elif self.events_received or self.parser.saw_unknown_field:
             cause = "no chunk in the body"
-            body = bytes(self.body_start)
-            raise Failure("upstream_invalid", cause=cause, body=body)
+            raise Failure("upstream_invalid", cause=cause, body=self.body_start)
         else:
             raise Failure("empty_stream")
 
-    def relay_events(self, events: Iterable[tuple[bytes, bytes]]) -> Iterator[bytes]:
+    def relay_events(self, events: Iterable[tuple[bytes, bytes]]) -> None:
         try:
             for event_type, data in events:
                 self.events_received += 1
@@ -300,7 +301,7 @@ class Relay:
                     raise error_in_stream(data)
                 payload = self.check_event(data)
                 if payload:
-                    yield b"data: %b\n\n" % payload
+                    self.out.append(b"data: %b\n\n" % payload)
                 if self.done:
                     break
         except OverflowError:
@@ -331,16 +332,16 @@ class Relay:
         if payload:
             self.events_sent += 1
         # A line end would end the event. In JSON, a space means the same.
-        return payload.replace(b"\r", b" ").replace(b"\n", b" ")
+        return payload.replace(b"\n", b" ")
 
     def check_chunk(self, chunk: dict[str, Any], data: bytes) -> bytes:
         choices = chunk.get("choices")
         if not isinstance(choices, list):
-            if self.document or not chunk.get("usage"):  # {"type": "ping"}
+            if self.is_document or not chunk.get("usage"):  # {"type": "ping"}
                 return b""
             return encode_json(chunk | {"choices": []})
         # A document without choices is not an answer, even if it has `usage`.
-        if self.document and not choices:
+        if self.is_document and not choices:
             return b""
         changed = False
         for choice in choices:
@@ -431,7 +432,7 @@ class Exchange:
         await response.prepare(self.request)
         return response
 
-    async def write(self, data: bytes | bytearray) -> None:
+    async def write(self, data: bytes) -> None:
         """Writes events. Every 64 KB, aiohttp waits until the kernel has taken everything.
 
         While we wait, we do not read from the upstream, so its sends have to wait, too:
@@ -530,12 +531,15 @@ async def relay_answer(
     """
     while not relay.done:
         piece, error = await read_piece(answer.content)
-        out = bytearray()
         try:
-            for event in relay.feed(piece) if piece else relay.close(error):
-                out += event
+            if piece:
+                relay.feed(piece)
+            else:
+                relay.close(error)
         # Also after a failure: the events before it are part of the answer.
         finally:
+            out = b"".join(relay.out)
+            relay.out.clear()
             if out and not exchange.first_event_seconds:
                 exchange.first_event_seconds = time.monotonic() - exchange.started
             # Set before the write: no heartbeat and no failure may follow [DONE].
@@ -1110,7 +1114,7 @@ def message_to_delta(choice: dict[str, Any], is_repetition: bool) -> None:
 
 def looks_cut_off(document: bytes) -> bool:
     """Guesses whether this JSON document is cut off."""
-    has_end = document.endswith((b"}", b"]"))
+    has_end = document.rstrip().endswith((b"}", b"]"))
     return not has_end or document.count(b"{") > document.count(b"}")
 
 

@@ -65,6 +65,7 @@ from chatstream import (
     Chatstream,
     EventParser,
     Exchange,
+    Failure,
     FastRelay,
     Histogram,
     Relay,
@@ -1076,22 +1077,18 @@ def relay_body(*pieces: bytes, aborted: bool = False, limit: int = 100_000) -> R
 
 def relay_with(relay: Relay, pieces: tuple[bytes, ...], aborted: bool) -> Relayed:
     """Feeds the pieces of a body to this relay."""
-    out = b""
+    code, message, status = "", "", 200
     try:
         for piece in pieces:
             if not relay.done:
-                for event in relay.feed(piece):
-                    out += event
+                relay.feed(piece)
         if not relay.done:
-            for event in relay.close(ConnectionResetError("cut") if aborted else None):
-                out += event
-    except chatstream.Failure as failure:
+            relay.close(ConnectionResetError("cut") if aborted else None)
+        assert relay.done
+    except Failure as failure:
         assert not relay.done, "an answer is complete, or it failed"
-        return Relayed(
-            out, failure.code, failure.message, failure.status, relay.events_sent
-        )
-    assert relay.done
-    return Relayed(out, "", "", 200, relay.events_sent)
+        code, message, status = failure.code, failure.message, failure.status
+    return Relayed(b"".join(relay.out), code, message, status, relay.events_sent)
 
 
 GREETING = "Grüße 👩‍👩‍👧 你好 \u2028\u2029\x85 data: [DONE]"
@@ -1162,13 +1159,15 @@ class Forwarding(unittest.TestCase):
         """Each event goes out the moment it is complete."""
         for blank_line in (b"\n\n", b"\r\n\r", b"\r\r"):
             with self.subTest(blank_line):
-                out = Relay(EventParser(1000)).feed(text("a")[:-2] + blank_line)
-                self.assertEqual(list(out), [text("a")])
+                relay = Relay(EventParser(1000))
+                relay.feed(text("a")[:-2] + blank_line)
+                self.assertEqual(relay.out, [text("a")])
 
     def test_events_that_are_there_go_out_together(self) -> None:
         """Events that came in one piece go out in one."""
-        out = Relay(EventParser(1000)).feed(text("a") + text("b") + text("c")[:-1])
-        self.assertEqual(list(out), [text("a"), text("b")])
+        relay = Relay(EventParser(1000))
+        relay.feed(text("a") + text("b") + text("c")[:-1])
+        self.assertEqual(relay.out, [text("a"), text("b")])
 
     def test_several_data_lines_go_out_as_one(self) -> None:
         """A payload on several `data:` lines goes out on one, with spaces where lines ended."""
@@ -1332,7 +1331,9 @@ class Shortcut(unittest.TestCase):
 
         relay = Watched(EventParser(1000))
         for words in ("a", "b", "", " [DONE] ", "e"):
-            self.assertEqual(list(relay.feed(text(words))), [text(words)])
+            relay.feed(text(words))
+            self.assertEqual(relay.out, [text(words)])
+            relay.out.clear()
         self.assertEqual(len(decoded), 1)
         self.assertEqual(relay.events_sent, 5)
 
