@@ -73,7 +73,6 @@ class EventParser:
         self.after_cr = False
         self.event_type = b""
         self.data = bytearray()  # of the event so far, with an LF after each line
-        self.saw_unknown_field = False  # perhaps it is not an event stream at all
 
     def feed(self, piece: bytes) -> Iterator[tuple[bytes, bytes]]:
         """Yields the type (b"" if there is none) and the data of each complete event.
@@ -139,8 +138,6 @@ class EventParser:
                 raise OverflowError
         elif name == b"event":
             self.event_type = value
-        elif name not in (b"", b"id", b"retry"):  # b"": a comment
-            self.saw_unknown_field = True
 
 
 # ---- Errors --------------------------------------------------------------------------
@@ -287,7 +284,8 @@ class Relay:
             self.out.append(DONE)
         elif error or self.events_sent:
             raise truncation(error)
-        elif self.events_received or self.parser.saw_unknown_field:
+        # A line that is not a comment.
+        elif self.events_received or re.search(rb"(?m)^[^:\r\n]", self.body_start):
             cause = "no chunk in the body"
             raise Failure("upstream_invalid", cause=cause, body=self.body_start)
         else:
