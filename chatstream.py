@@ -214,7 +214,6 @@ class Failure(Exception):
 
 DONE = b"data: [DONE]\n\n"
 HEARTBEAT = b": keep-alive\n\n"
-WHITE_SPACE = b" \t\r\n"  # in JSON
 MAX_CHOICES = 128  # as in OpenAI's API
 
 
@@ -250,7 +249,7 @@ class Relay:
         """Finds out what kind of body it is. Returns what the parser is to read."""
         prefix = b""
         if not self.body_start:
-            piece = piece.lstrip(BOM + WHITE_SPACE)
+            piece = piece.lstrip(BOM + b" \t\r\n")
             # The first byte decides: Content-Type is often wrong.
             if piece.startswith(b"<"):
                 raise Failure("upstream_error", cause="an HTML page", body=piece)
@@ -334,13 +333,13 @@ class Relay:
 
     def check_chunk(self, chunk: dict[str, Any], data: bytes) -> bytes:
         choices = chunk.get("choices")
-        if not isinstance(choices, list):
-            if self.is_document or not chunk.get("usage"):  # {"type": "ping"}
-                return b""
-            return encode_json(chunk | {"choices": []})
         # A document without choices is not an answer, even if it has `usage`.
         if self.is_document and not choices:
             return b""
+        if not isinstance(choices, list):
+            if not chunk.get("usage"):  # {"type": "ping"}
+                return b""
+            return encode_json(chunk | {"choices": []})
         changed = False
         for choice in choices:
             if not isinstance(choice, dict):
@@ -1060,7 +1059,7 @@ async def read_document(
         raise truncation(error) from None
     if len(body) > limit:
         raise Failure("event_too_large")
-    document = body.strip(BOM + WHITE_SPACE)
+    document = body.removeprefix(BOM)
     try:
         decoded = decode_json(document)
     except NOT_JSON:
