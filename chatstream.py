@@ -221,7 +221,7 @@ class Relay:
     """Turns the body of an upstream's answer into the events for the client.
 
     `feed` and `close` append them to `out`, each as b"data: PAYLOAD\\n\\n", and raise
-    Failure. The caller empties `out`.
+    Failure. The caller empties `out`, and sends DONE when the relay is `done`.
     """
 
     def __init__(self, parser: EventParser) -> None:
@@ -280,7 +280,6 @@ class Relay:
             return
         if self.all_finished or (self.is_document and self.choices and not error):
             self.done = True
-            self.out.append(DONE)
         elif error or self.events_sent:
             raise truncation(error)
         # A line that is not a comment.
@@ -297,10 +296,11 @@ class Relay:
                 if event_type == b"error":
                     raise error_in_stream(data)
                 payload = self.check_event(data)
-                if payload:
-                    self.out.append(b"data: %b\n\n" % payload)
                 if self.done:
                     break
+                if payload:
+                    self.events_sent += 1
+                    self.out.append(b"data: %b\n\n" % payload)
         except OverflowError:
             raise Failure("event_too_large") from None
         except NOT_JSON:
@@ -317,7 +317,7 @@ class Relay:
             if not self.events_sent:
                 raise Failure("empty_stream")
             self.done = True
-            return b"[DONE]"
+            return b""
         chunk = decode_json(data)
         if error_in(chunk):
             raise error_in_stream(data)
@@ -325,11 +325,8 @@ class Relay:
             return b""
         if not isinstance(chunk, dict):
             raise ValueError("not an object")
-        payload = self.check_chunk(chunk, data)
-        if payload:
-            self.events_sent += 1
         # A line end would end the event. In JSON, a space means the same.
-        return payload.replace(b"\n", b" ")
+        return self.check_chunk(chunk, data).replace(b"\n", b" ")
 
     def check_chunk(self, chunk: dict[str, Any], data: bytes) -> bytes:
         choices = chunk.get("choices")
@@ -490,7 +487,7 @@ async def chat(exchange: Exchange) -> None:
     with closing(answer):
         if exchange.is_event_stream:
             await relay_answer(exchange, relay, answer)
-            await exchange.finish()
+            await exchange.finish(last=b"".join(relay.out) + DONE)
             # If the body ends within a moment, the connection can be reused.
             with suppress(TimeoutError, *UPSTREAM_ERRORS):
                 async with asyncio.timeout(0.05):
@@ -535,14 +532,12 @@ async def relay_answer(
                 relay.close(error)
         # Also after a failure: the events before it are part of the answer.
         finally:
-            out = b"".join(relay.out)
-            relay.out.clear()
-            if out and not exchange.first_event_seconds:
+            if relay.out and not exchange.first_event_seconds:
                 exchange.first_event_seconds = time.monotonic() - exchange.started
-            # Set before the write: no heartbeat and no failure may follow [DONE].
-            if relay.done:
-                exchange.is_ending = True
-            if out:
+            # The last events go out together with [DONE], see `chat`.
+            if relay.out and not relay.done:
+                out = b"".join(relay.out)
+                relay.out.clear()
                 await exchange.write(out)
 
 
@@ -816,7 +811,6 @@ class FastRelay(Relay):
     def check_event(self, data: bytes) -> bytes:
         without_text = TOKEN_TEXT.sub(b'content":""', data)
         if without_text == self.template:
-            self.events_sent += 1
             return data
         payload = super().check_event(data)
         # If this payload had to be changed, one with another text has to be, too.

@@ -1088,7 +1088,8 @@ def relay_with(relay: Relay, pieces: tuple[bytes, ...], aborted: bool) -> Relaye
     except Failure as failure:
         assert not relay.done, "an answer is complete, or it failed"
         code, message, status = failure.code, failure.message, failure.status
-    return Relayed(b"".join(relay.out), code, message, status, relay.events_sent)
+    out = b"".join(relay.out) + (DONE if relay.done else b"")
+    return Relayed(out, code, message, status, relay.events_sent)
 
 
 GREETING = "Grüße 👩‍👩‍👧 你好 \u2028\u2029\x85 data: [DONE]"
