@@ -804,9 +804,7 @@ class FastRelay(Relay):
     the text.
     """
 
-    def __init__(self, parser: EventParser) -> None:
-        super().__init__(parser)
-        self.template = b""  # the last decoded chunk, without its text
+    template = b""  # the last decoded chunk, without its text
 
     def check_event(self, data: bytes) -> bytes:
         without_text = TOKEN_TEXT.sub(b'content":""', data)
