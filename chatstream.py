@@ -1071,7 +1071,6 @@ def refuse_constant(name: str) -> None:
 
 
 JSON_DECODER = json.JSONDecoder(parse_constant=refuse_constant)
-JSON_ENCODER = json.JSONEncoder(allow_nan=False)
 
 # Raised for what is not JSON in UTF-8, for a number like 1e999, and if it is nested too
 # deeply.
@@ -1080,7 +1079,7 @@ NOT_JSON = (ValueError, RecursionError)
 
 def encode_json(value: object) -> bytes:
     """Raises NOT_JSON."""
-    return JSON_ENCODER.encode(value).encode()
+    return json.dumps(value, allow_nan=False).encode()
 
 
 def decode_json(data: bytes) -> Any:
