@@ -15,8 +15,8 @@ The path of a token, from the upstream (any OpenAI-compatible server) to the cli
 
 Read it from the top. `EventParser` turns bytes into events, `Relay` decides what goes
 out, `chat` is the life of one stream, `enforce_limits` ends it when one side is silent
-for too long, and `handle` is the entry point that aiohttp calls. The rest is what every
-server needs.
+for too long, and `handle` is the entry point that aiohttp calls. The rest
+supports them.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class EventParser:
             # Unlike in the standard, blank data is no event: no client can parse it.
             if data.strip():
                 yield event_type, data
-        # An incomplete line counts, too. It begins with its field name, which is not data.
+        # An incomplete line is limited, too. Its field name, at most `error: `, is not data.
         if len(self.partial_line) > self.limit + len("error: "):
             raise OverflowError
 
@@ -184,14 +184,17 @@ ERROR_TYPES = {  # HTTP status: `type` of the error; for all others "invalid_req
 }
 
 
-@dataclass(eq=False)  # an exception must stay hashable
+@dataclass(eq=False)  # like other exceptions, it equals only itself
 class Failure(Exception):
-    """Why a request gets no complete answer. What is not set comes from ERRORS."""
+    """Why a request gets no complete answer.
+
+    The defaults of `status`, `outcome` and `message` are in ERRORS.
+    """
 
     code: str  # a key of ERRORS; `describe` may replace it with the upstream's code
     message: str = ""  # for the client
     cause: str = ""  # for the log
-    body: bytes = b""  # what the upstream sent, for the log
+    body: bytes = b""  # what the upstream sent
     status: int = 0
     outcome: str = ""
     type: str = field(init=False)
@@ -208,6 +211,31 @@ class Failure(Exception):
             self.headers["Retry-After"] = "1"
 
 
+# ---- JSON ----------------------------------------------------------------------------
+
+
+def refuse_constant(name: str) -> None:
+    """Python accepts NaN and Infinity, which are not JSON (RFC 8259)."""
+    raise ValueError(name)
+
+
+JSON_DECODER = json.JSONDecoder(parse_constant=refuse_constant)
+
+# Raised for bytes that are not JSON in UTF-8, for too deep nesting and, when encoding,
+# for a number like 1e999, which Python reads as infinity.
+NOT_JSON = (ValueError, RecursionError)
+
+
+def encode_json(value: object) -> bytes:
+    """Raises NOT_JSON."""
+    return json.dumps(value, allow_nan=False).encode()
+
+
+def decode_json(data: bytes) -> Any:
+    """Raises NOT_JSON."""
+    return JSON_DECODER.decode(data.decode())
+
+
 # ---- What goes out -------------------------------------------------------------------
 # Chunks (JSON objects with `choices`) and heartbeats, then [DONE] or one error. Anything
 # else breaks clients.
@@ -220,14 +248,14 @@ MAX_CHOICES = 128  # as in OpenAI's API
 class Relay:
     """Turns the body of an upstream's answer into the events for the client.
 
-    `feed` and `close` append them to `out`, each as b"data: PAYLOAD\\n\\n", and raise
-    Failure. The caller empties `out`, and sends DONE when the relay is `done`.
+    `feed` and `close` append them to `out`, each as b"data: PAYLOAD\\n\\n". They may raise
+    Failure after that. The caller empties `out`, and sends DONE once the relay is `done`.
     """
 
     def __init__(self, parser: EventParser) -> None:
         self.parser = parser
         self.out: list[bytes] = []
-        self.body_start = b""  # without leading white space, for the log
+        self.body_start = b""  # up to 2,000 bytes, without leading white space
         self.is_document = False  # the body is one JSON document, not a stream
         self.events_received = 0
         self.events_sent = 0
@@ -246,7 +274,7 @@ class Relay:
         self.relay_events(self.parser.feed(piece))
 
     def read_start(self, piece: bytes) -> bytes:
-        """Finds out what kind of body it is. Returns what the parser is to read."""
+        """Finds out what kind of body it is. Returns what the parser should read."""
         prefix = b""
         if not self.body_start:
             piece = piece.lstrip(BOM + b" \t\r\n")
@@ -255,11 +283,12 @@ class Relay:
                 raise Failure("upstream_error", cause="an HTML page", body=piece)
             if piece.startswith((b"{", b"[")):
                 self.is_document = True
+                # To the parser, the whole document is one event.
                 prefix = b"data: "
         self.body_start = (self.body_start + piece)[:2000]
         if self.is_document:
-            # The document becomes one event. Tabs instead of line ends mean the same in
-            # JSON, and are just as invalid inside a text.
+            # A line end would end the event. A tab means the same in JSON, and is just as
+            # invalid inside a string.
             piece = piece.replace(b"\r", b"\t").replace(b"\n", b"\t")
         return prefix + piece
 
@@ -278,23 +307,24 @@ class Relay:
             raise
         if self.done:
             return
+        # A document that could be parsed is complete, unless the connection broke.
         if self.all_finished or (self.is_document and self.choices and not error):
             self.done = True
-        elif error or self.events_sent:
+            return
+        if error or self.events_sent:
             raise truncation(error)
-        # A line that is not a comment.
-        elif self.events_received or re.search(rb"(?m)^[^:\r\n]", self.body_start):
+        # A body of nothing but comments counts as empty.
+        if re.search(rb"(?m)^[^:\r\n]", self.body_start):
             cause = "no chunk in the body"
             raise Failure("upstream_invalid", cause=cause, body=self.body_start)
-        else:
-            raise Failure("empty_stream")
+        raise Failure("empty_stream")
 
     def relay_events(self, events: Iterable[tuple[bytes, bytes]]) -> None:
         try:
             for event_type, data in events:
                 self.events_received += 1
                 if event_type == b"error":
-                    raise error_in_stream(data)
+                    raise reported_error(data)
                 payload = self.check_event(data)
                 if self.done:
                     break
@@ -320,7 +350,7 @@ class Relay:
             return b""
         chunk = decode_json(data)
         if error_in(chunk):
-            raise error_in_stream(data)
+            raise reported_error(data)
         if chunk is None:  # `data: null`, which some servers send as a heartbeat
             return b""
         if not isinstance(chunk, dict):
@@ -387,10 +417,8 @@ class Exchange:
         self.id = request_id(request)
         self.started = time.monotonic()
 
-        # Our response
-        self.response: web.StreamResponse | None = None  # None until it begins
-        self.bytes_written = 0  # of events and heartbeats
-        self.is_writing = False  # we wait for a slow client
+        # Our response. Its headers are sent just before its first byte.
+        self.response = web.StreamResponse(headers=STREAM_HEADERS)
         # How it ends is decided: no heartbeat and no other failure may follow.
         self.is_ending = False
         self.is_sent = False  # the kernel has taken all of it
@@ -398,8 +426,7 @@ class Exchange:
         self.client_stall = Stall()  # how long the client has taken nothing
 
         # For a chat completion
-        self.relay: Relay | None = None
-        self.body_received = False
+        self.relay: Relay | None = None  # None until the request's body is here
         self.upstream_answer: aiohttp.ClientResponse | None = None
         self.may_be_billed = False  # by the upstream
         self.is_event_stream = False  # our response; otherwise, it is JSON
@@ -409,22 +436,14 @@ class Exchange:
         self.upstream_stall = Stall()  # how long the upstream has sent no event
         self.output_stall = Stall()  # how long we have written nothing
 
-    async def begin(
-        self, response: web.StreamResponse | None = None
-    ) -> web.StreamResponse:
-        """Sends the status and the headers of `response`, by default of an event stream.
-
-        After that, they cannot change.
-        """
-        response = response or web.StreamResponse(headers=STREAM_HEADERS)
-        response.headers.update(COMMON_HEADERS | {"X-Request-Id": self.id})
+    async def begin(self) -> None:
+        """Sends the status and the headers. After that, they cannot change."""
+        self.response.headers.update(COMMON_HEADERS | {"X-Request-Id": self.id})
         # Closes the connection afterwards. In HTTP/1.0, that is what ends a body.
         if self.server.draining or self.request.version < (1, 1):
-            response.force_close()
-        self.response = response
-        # It does not wait, so nothing can be written before the headers.
-        await response.prepare(self.request)
-        return response
+            self.response.force_close()
+        # `prepare` does not suspend, so nothing can be written before the headers.
+        await self.response.prepare(self.request)
 
     async def write(self, data: bytes) -> None:
         """Writes events. Every 64 KB, aiohttp waits until the kernel has taken everything.
@@ -432,27 +451,26 @@ class Exchange:
         While we wait, we do not read from the upstream, so its sends have to wait, too:
         back-pressure.
         """
-        response = self.response or await self.begin()
-        self.bytes_written += len(data)
-        self.is_writing = True
-        await response.write(data)
-        self.is_writing = False
-        # `stop` was called while we waited.
-        if self.failure:
-            raise self.failure
+        if not self.response.prepared:
+            await self.begin()
+        await self.response.write(data)
 
-    async def finish(
-        self, response: web.StreamResponse | None = None, last: bytes = b""
-    ) -> None:
-        """Sends this response, or ends the stream that has begun.
+    async def finish(self, last: bytes = b"") -> None:
+        """Sends the end of the response.
 
         Returns when the kernel has taken all of it. Until then, the exchange counts as
         running.
         """
         self.is_ending = True
-        response = self.response or await self.begin(response)
-        await response.write_eof(last)
+        if not self.response.prepared:
+            await self.begin()
+        await self.response.write_eof(last)
         self.is_sent = True
+
+    async def send(self, response: web.Response) -> None:
+        """Sends a response that is not a stream."""
+        self.response = response
+        await self.finish()
 
     def stop(self, failure: Failure) -> None:
         """Ends the exchange with a failure. Called by the time limits and by `drain`."""
@@ -460,9 +478,13 @@ class Exchange:
             return
         self.is_ending = True
         self.failure = failure
-        # Cancelling aiohttp's wait for a slow client would break its next wait, too, and
-        # in that one we send this failure. So `write` raises it once its wait is over.
-        if self.task and not self.is_writing:
+        # If the upstream has answered, `close` makes our next read from it fail. The task
+        # must not be cancelled then: it may be waiting for a slow client. All waits of a
+        # connection share one future, so the next one, in which we send the failure,
+        # would be cancelled, too.
+        if self.upstream_answer:
+            self.upstream_answer.close()
+        elif self.task:
             self.task.cancel()
 
 
@@ -470,24 +492,31 @@ async def chat(exchange: Exchange) -> None:
     """The life of one chat completion, streamed or not.
 
     Raises Failure. CancelledError may be raised at any `await`: by aiohttp as soon as
-    the client has left (see `handler_cancellation` in `listen`), or by `Exchange.stop`.
+    the client has left (see `handler_cancellation` in `listen`), or by `Exchange.stop`
+    before the upstream has answered.
     """
     server = exchange.server
     settings = server.settings
-    # A stream counts before its body is read, so that bodies cannot fill the memory.
+    # Counted before its body is read, so that bodies cannot fill the memory. `handle`
+    # removes it.
     if len(server.streams) >= server.max_streams:
         raise Failure("too_many_streams")
     server.streams.add(exchange)
+    body = await read_request(exchange, settings)
     # A `Relay` with a shortcut: the same results, for less CPU time.
     relay = FastRelay(EventParser(settings.max_event_bytes))
     exchange.relay = relay
-    answer = await forward_request(exchange, settings)
+    always_stream = exchange.request.path == "/stream"
+    checked_body, is_stream = check_request(body, settings.model, always_stream)
+    exchange.is_event_stream = is_stream
+    answer = await open_upstream(exchange, "/chat/completions", checked_body)
+    # The answer may take minutes: do not keep the request's body for so long.
+    del body, checked_body
     # The key line: however this block ends, the connection to the upstream is aborted,
     # unless the answer has been read to the end. Unread tokens cost money.
     with closing(answer):
         if exchange.is_event_stream:
             await relay_answer(exchange, relay, answer)
-            await exchange.finish(last=b"".join(relay.out) + DONE)
             # If the body ends within a moment, the connection can be reused.
             with suppress(TimeoutError, *UPSTREAM_ERRORS):
                 async with asyncio.timeout(0.05):
@@ -497,22 +526,7 @@ async def chat(exchange: Exchange) -> None:
             if not isinstance(document, dict):
                 cause = "not a JSON object"
                 raise Failure("upstream_invalid", cause=cause, body=body)
-            await exchange.finish(web.json_response(body=body))
-
-
-async def forward_request(
-    exchange: Exchange, settings: Settings
-) -> aiohttp.ClientResponse:
-    """Sends the request upstream, and returns a successful answer. Raises Failure.
-
-    A function of its own, so that the request's body is freed before the answer streams.
-    """
-    body = await read_request(exchange, settings)
-    exchange.body_received = True
-    always_stream = exchange.request.path == "/stream"
-    checked_body, is_stream = check_request(body, settings.model, always_stream)
-    exchange.is_event_stream = is_stream
-    return await open_upstream(exchange, "/chat/completions", checked_body)
+            await exchange.send(web.json_response(body=body))
 
 
 async def relay_answer(
@@ -530,14 +544,15 @@ async def relay_answer(
                 relay.feed(piece)
             else:
                 relay.close(error)
-        # Also after a failure: the events before it are part of the answer.
         finally:
-            if relay.out and not exchange.first_event_seconds:
+            # Also after a failure: the events before it are part of the answer.
+            out = b"".join(relay.out)
+            relay.out.clear()
+            if out and not exchange.first_event_seconds:
                 exchange.first_event_seconds = time.monotonic() - exchange.started
-            # The last events go out together with [DONE], see `chat`.
-            if relay.out and not relay.done:
-                out = b"".join(relay.out)
-                relay.out.clear()
+            if relay.done:
+                await exchange.finish(out + DONE)
+            elif out:
                 await exchange.write(out)
 
 
@@ -550,16 +565,16 @@ async def read_piece(content: aiohttp.StreamReader) -> tuple[bytes, Exception | 
         return await content.readany(), None
     except UPSTREAM_ERRORS as error:
         # aiohttp shares some exceptions between all answers. The traceback of such an
-        # exception would grow with each answer, and keep all of them in memory.
+        # exception would grow with each answer, and keep all those answers in memory.
         return b"", error.with_traceback(None)
 
 
 class UpstreamAnswer(aiohttp.ClientResponse):
     """Closes by aborting the connection: unread tokens cost money.
 
-    Otherwise, the upstream may notice late: a connection first sends what is buffered,
-    and over TLS says goodbye. aiohttp also calls `close` if we are cancelled before the
-    headers arrive.
+    Otherwise, the upstream may notice late: an ordinary close first sends what is
+    buffered, and over TLS a closing alert. aiohttp also calls `close` if we are cancelled
+    before the headers arrive.
     """
 
     def close(self) -> None:
@@ -580,7 +595,7 @@ class Stall:
     """Measures how long we have been waiting for a value to grow."""
 
     def __init__(self) -> None:
-        self.value = 0
+        self.value = -1  # the first value counts as grown
         self.since = time.monotonic()
 
     def update(self, value: int, is_waiting: bool) -> float:
@@ -588,15 +603,19 @@ class Stall:
         now = time.monotonic()
         if value > self.value or not is_waiting:
             self.since = now
-        # It may also shrink: the unsent bytes include headers and framing.
         self.value = value
         return now - self.since
 
 
 def enforce_limits(exchange: Exchange, settings: Settings) -> None:
-    """Ends an exchange that is too slow on either side, or whose upstream is lost."""
+    """Ends an exchange that is too slow on either side, or whose upstream is lost.
+
+    Sends a heartbeat if the stream has been quiet for too long.
+    """
     unsent = unsent_bytes(exchange.transport)
-    bytes_taken = exchange.bytes_written - unsent
+    # aiohttp's count, with headers and framing.
+    bytes_written = exchange.request.writer.output_size
+    bytes_taken = bytes_written - unsent
     stalled = exchange.client_stall.update(bytes_taken, is_waiting=unsent > 0)
     if stalled >= settings.write_seconds:
         # aiohttp then cancels the handler, as it does for a closed tab.
@@ -605,46 +624,37 @@ def enforce_limits(exchange: Exchange, settings: Settings) -> None:
     relay = exchange.relay  # only a chat completion has one
     if not relay or exchange.is_ending:
         return
-    # The limit is for the whole request body: sending a byte a second is not enough.
-    elapsed = time.monotonic() - exchange.started
-    if not exchange.body_received and elapsed >= settings.write_seconds:
-        exchange.stop(Failure("request_timeout"))
     # Until the client has taken everything, the upstream is not to blame. For an answer
     # that is not streamed, no events are counted: it must arrive within the limit.
-    waits_for_upstream = exchange.body_received and not unsent
-    silent = exchange.upstream_stall.update(relay.events_received, waits_for_upstream)
+    is_waiting = not unsent
+    silent = exchange.upstream_stall.update(relay.events_received, is_waiting)
     if silent >= settings.idle_seconds and not relay.all_finished:
         cause = "silent for CHATSTREAM_IDLE_SECONDS"
         exchange.stop(Failure("upstream_timeout", cause=cause))
     upstream = exchange.upstream_answer
-    if not upstream or not waits_for_upstream:
-        return
-    # After broken chunked encoding, aiohttp loses the connection, but goes on waiting.
-    is_lost = upstream.connection and upstream.connection.closed
-    # Some upstreams leave the connection open after their last event.
-    if relay.all_finished and (is_lost or silent >= SECONDS_AFTER_FINISH):
-        upstream.close()  # ends the read in `relay_answer`
-    elif is_lost:
-        cause = "the connection was lost"
-        exchange.stop(Failure("stream_truncated", cause=cause))
+    if upstream and not unsent:
+        # After broken chunked encoding, aiohttp closes the connection, but goes on waiting.
+        is_lost = upstream.connection and upstream.connection.closed
+        # Some upstreams leave the connection open after their last event.
+        is_over = relay.all_finished and silent >= SECONDS_AFTER_FINISH
+        if is_lost or is_over:
+            # Our read from it fails. `Relay.close` then decides.
+            upstream.close()
 
-
-def needs_heartbeat(exchange: Exchange, settings: Settings) -> bool:
-    """True if we have written nothing for the heartbeat interval."""
-    is_waiting = exchange.is_event_stream and not unsent_bytes(exchange.transport)
-    quiet = exchange.output_stall.update(exchange.bytes_written, is_waiting)
-    return quiet >= settings.heartbeat_seconds
+    quiet = exchange.output_stall.update(bytes_written, is_waiting)
+    if quiet >= settings.heartbeat_seconds:
+        # A task of its own: its wait for a slow client must not hold up the other
+        # exchanges.
+        exchange.heartbeat = asyncio.create_task(send_heartbeat(exchange))
 
 
 async def send_heartbeat(exchange: Exchange) -> None:
-    # Nothing may follow the last event, and no event may go into an answer in JSON, such
-    # as an error of the upstream that has come since this task was created.
+    # Since this task was created, the stream may have ended, or the upstream may have
+    # sent an error, for which our response is JSON.
     if exchange.is_ending or not exchange.is_event_stream:
         return
     with suppress(ConnectionError):  # the client has left
-        response = exchange.response or await exchange.begin()
-        exchange.bytes_written += len(HEARTBEAT)
-        await response.write(HEARTBEAT)
+        await exchange.write(HEARTBEAT)
 
 
 def unsent_bytes(transport: asyncio.Transport) -> int:
@@ -666,13 +676,10 @@ async def watch(server: Chatstream) -> None:
 
 
 def check_exchanges(server: Chatstream) -> None:
-    for exchange in list(server.exchanges):
+    """A function of its own, so that `watch` keeps no exchange alive while it sleeps."""
+    for exchange in server.exchanges:
         try:
             enforce_limits(exchange, server.settings)
-            if needs_heartbeat(exchange, server.settings):
-                # A task of its own: its wait for a slow client must not hold up the
-                # other exchanges.
-                exchange.heartbeat = asyncio.create_task(send_heartbeat(exchange))
         # A bug in one exchange must not stop the checks of the others.
         except Exception as error:
             logger.exception("a bug in chatstream")
@@ -696,7 +703,8 @@ async def handle(server: Chatstream, request: web.BaseRequest) -> web.StreamResp
         handler = route(server, request)
         await handler(exchange)
     except Failure as failure:
-        await send_failure(exchange, failure)
+        # If `stop` has closed the upstream's answer, its failure is the real one.
+        await send_failure(exchange, exchange.failure or failure)
     except asyncio.CancelledError:
         if not exchange.failure:  # the client has left
             raise
@@ -711,7 +719,7 @@ async def handle(server: Chatstream, request: web.BaseRequest) -> web.StreamResp
         server.streams.discard(exchange)
         count_and_log(exchange)
     # aiohttp does not send a response twice.
-    return exchange.response or web.Response()
+    return exchange.response
 
 
 async def send_failure(exchange: Exchange, failure: Failure) -> None:
@@ -728,32 +736,34 @@ async def send_failure(exchange: Exchange, failure: Failure) -> None:
         "request_id": exchange.id,
     }
     body = encode_json({"error": error})
-    # `finish` sends this response only if nothing has been sent yet.
-    response = web.json_response(
-        body=body, status=failure.status, headers=failure.headers
-    )
-    if exchange.may_be_billed:
-        # By default, OpenAI's clients retry a 5xx twice, and you pay each time.
-        response.headers["X-Should-Retry"] = "false"
-    last = b"data: %b\n\n" % body if exchange.response else b""
+    last = b""
+    if exchange.response.prepared:
+        last = b"data: %b\n\n" % body
+    else:
+        exchange.response = web.json_response(
+            body=body, status=failure.status, headers=failure.headers
+        )
+        if exchange.may_be_billed:
+            # By default, OpenAI's clients retry a 5xx twice, and you pay each time.
+            exchange.response.headers["X-Should-Retry"] = "false"
     with suppress(ConnectionError):
-        await exchange.finish(response, last)
+        await exchange.finish(last)
 
 
 def limit_unsent_bytes(transport: asyncio.Transport) -> None:
     """Keeps the send buffers of asyncio and the kernel small."""
     if transport.is_closing():
         return
-    # A wait ends when the buffer is down to a quarter of this limit, here to nothing. So
-    # `write_eof` returns when all is sent. With a limit of 0, asyncio's TLS transport
+    # A wait ends when the buffer is down to a quarter of `high`, here 0. So `write_eof`
+    # returns when all is sent. With a limit of 0, asyncio's TLS transport
     # would wait on an empty buffer. (Over TLS, this is the buffer of the TLS layer. What
-    # the socket has not taken yet, some 64 KB or more, cannot be seen, and counts as sent.)
+    # the socket has not taken yet, 64 KB or more, cannot be seen, and counts as sent.)
     transport.set_write_buffer_limits(high=1)
     # Otherwise, the kernel takes data in such large steps that a slow client looks dead.
-    connection = transport.get_extra_info("socket")
-    if connection and hasattr(socket, "TCP_NOTSENT_LOWAT"):
-        with suppress(OSError):
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 4096)
+    # AttributeError: not every system has this option.
+    with suppress(AttributeError, OSError):
+        connection = transport.get_extra_info("socket")
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 4096)
 
 
 async def listen(
@@ -771,15 +781,14 @@ async def listen(
         handler_cancellation=True,
         # A request of 60 KB could inflate to 60 MB.
         auto_decompress=False,
-        # Heads of up to 64 KB: on localhost, browsers send the cookies of every port.
+        # Header fields of up to 64 KB: on localhost, browsers send the cookies of every port.
         max_field_size=2**16,
         max_line_size=2**16,
         # Seconds until an idle connection, or an unfinished request head, is closed.
         keepalive_timeout=60,
         access_log=None,
     )
-    # `drain` has already waited for our streams. The demo, which `listen` serves as
-    # well, stops sending after this time.
+    # In seconds. Our streams have ended by then (see `drain`): only the demo's need it.
     runner = web.ServerRunner(server, shutdown_timeout=0.2)
     await runner.setup()
     site = web.TCPSite(runner, host, port, ssl_context=tls, reuse_port=reuse_port)
@@ -811,7 +820,7 @@ class FastRelay(Relay):
         if without_text == self.template:
             return data
         payload = super().check_event(data)
-        # If this payload had to be changed, one with another text has to be, too.
+        # If this payload had to be changed, so must one with another text.
         self.template = without_text if payload == data else b""
         return payload
 
@@ -828,21 +837,15 @@ def request_id(request: web.BaseRequest) -> str:
 
 
 async def read_body(reader: aiohttp.StreamReader, limit: int) -> bytes:
-    """Reads a body, but little more than `limit` bytes. The caller checks the length."""
-    body = bytearray()
-    while len(body) <= limit:
-        piece = await reader.readany()
-        if not piece:
-            break
-        body += piece
-    return bytes(body)
+    """Reads a body, but at most `limit` + 1 bytes. The caller checks the length."""
+    try:
+        return await reader.readexactly(limit + 1)
+    except asyncio.IncompleteReadError as error:
+        return error.partial  # the whole body
 
 
 async def read_request(exchange: Exchange, settings: Settings) -> bytes:
-    """Returns the body of the request. Raises Failure.
-
-    `enforce_limits` cancels it if the body takes too long.
-    """
+    """Returns the body of the request. Raises Failure."""
     request = exchange.request
     if (request.content_length or 0) > settings.max_body_bytes:
         raise Failure("body_too_large")
@@ -851,7 +854,11 @@ async def read_request(exchange: Exchange, settings: Settings) -> bytes:
         # aiohttp's low-level server leaves this to us.
         exchange.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     try:
-        body = await read_body(request.content, settings.max_body_bytes)
+        # For the whole body: sending a byte a second is not enough.
+        async with asyncio.timeout(settings.write_seconds):
+            body = await read_body(request.content, settings.max_body_bytes)
+    except TimeoutError:
+        raise Failure("request_timeout") from None
     except (web.RequestPayloadError, HttpProcessingError):
         message = "The request body is malformed."
         raise Failure("invalid_request", message) from None
@@ -912,7 +919,7 @@ def is_list_of_objects(value: object) -> bool:
 OPENAI_URL = "https://api.openai.com/v1"
 UUID = r"(?i)[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 
-# With these errors, the upstream never saw the request.
+# After these errors, we know that the upstream never saw the request.
 NOT_SENT = (
     aiohttp.ClientConnectorError,
     aiohttp.ConnectionTimeoutError,
@@ -939,7 +946,7 @@ def open_session(settings: Settings, proxy: str | None) -> aiohttp.ClientSession
         # Inflated, 29 KB of gzip can be millions of events, which block the loop for 20 s.
         auto_decompress=False,
         # While a client is slow, aiohttp buffers up to twice this many bytes for it. Over
-        # TLS, the rest is lost if the upstream closes the connection.
+        # TLS, what does not fit is lost if the upstream closes the connection.
         read_bufsize=2**17,
         max_field_size=2**16,
     )
@@ -992,7 +999,7 @@ async def open_upstream(
             return answer
         answer.close()
         raise Failure("upstream_invalid", cause="a compressed answer")
-    # Our answer is an error in JSON: a heartbeat must no longer send a 200.
+    # Our response will be an error: no heartbeat may send a 200 now.
     exchange.is_event_stream = False
     if 400 <= answer.status < 500:
         exchange.may_be_billed = False
@@ -1009,7 +1016,7 @@ def connection_failure(error: Exception) -> Failure:
         code = "too_many_streams"
     elif isinstance(error, aiohttp.ClientResponseError):
         # The text of a proxy's error contains its URL, with the password. A parser's
-        # message quotes what was received, mostly after its first line.
+        # message quotes what was received, mostly from its second line on.
         reason = f"{error.status} " + error.message.partition("\n")[0]
         if not isinstance(error, aiohttp.ClientHttpProxyError):
             code = "upstream_invalid"  # the upstream does not speak HTTP
@@ -1048,7 +1055,7 @@ async def read_document(
     try:
         body = await read_body(answer.content, limit)
     except UPSTREAM_ERRORS as error:
-        raise truncation(error) from None
+        raise truncation(error.with_traceback(None)) from None
     if len(body) > limit:
         raise Failure("event_too_large")
     document = body.removeprefix(BOM)
@@ -1057,34 +1064,12 @@ async def read_document(
     except NOT_JSON:
         raise Failure("upstream_invalid", cause="not JSON", body=body) from None
     if error_in(decoded):
-        raise error_in_stream(document)
+        raise reported_error(document)
     return body, decoded
 
 
 # ---- The upstreams' dialects ---------------------------------------------------------
 # Where they differ from OpenAI: errors with a 2xx status, whole messages, and so on.
-
-
-def refuse_constant(name: str) -> None:
-    """Python accepts NaN and Infinity, which are not JSON (RFC 8259)."""
-    raise ValueError(name)
-
-
-JSON_DECODER = json.JSONDecoder(parse_constant=refuse_constant)
-
-# Raised for what is not JSON in UTF-8, for a number like 1e999, and if it is nested too
-# deeply.
-NOT_JSON = (ValueError, RecursionError)
-
-
-def encode_json(value: object) -> bytes:
-    """Raises NOT_JSON."""
-    return json.dumps(value, allow_nan=False).encode()
-
-
-def decode_json(data: bytes) -> Any:
-    """Raises NOT_JSON."""
-    return JSON_DECODER.decode(data.decode())
 
 
 def message_to_delta(choice: dict[str, Any], is_repetition: bool) -> None:
@@ -1124,12 +1109,12 @@ def error_in(document: object) -> dict[str, Any] | None:
     for part in parts:
         error = part.get("error") if isinstance(part, dict) else None
         if error:
-            # It may also be a text, or a flag beside the message.
+            # It may also be a string, or a flag beside the message.
             return error if isinstance(error, dict) else part
     return document if document.get("object") == "error" else None
 
 
-def error_in_stream(data: bytes) -> Failure:
+def reported_error(data: bytes) -> Failure:
     """An error that the upstream reported after a 2xx status."""
     return describe(Failure("upstream_error", body=data))
 
@@ -1161,7 +1146,7 @@ MESSAGE_KEYS = ("message", "msg", "detail", "error", "errors")
 
 def message_in(details: Any) -> str:
     """The message text: {"error": {"message": text}}, {"detail": [{"msg": text}]} …"""
-    for _ in range(8):  # it may be nested, but not without end
+    for _ in range(8):  # nested, but not endlessly
         if isinstance(details, list) and details:
             details = details[0]
         elif isinstance(details, dict):
@@ -1310,7 +1295,7 @@ class Chatstream:
         logger.info(f"draining for up to {wait:g} s; Ctrl+C exits at once")
         # A request whose body has not arrived counts as new.
         for exchange in self.streams:
-            if not exchange.body_received:
+            if not exchange.relay:
                 exchange.stop(Failure("server_draining"))
         # 2. Let running ones finish.
         await self.wait_for_exchanges(wait)
@@ -1336,7 +1321,7 @@ class Chatstream:
 async def show_page(exchange: Exchange) -> None:
     server = exchange.server
     response = web.Response(body=server.html, headers=server.page_headers)
-    await exchange.finish(response)
+    await exchange.send(response)
 
 
 def page_headers(html: bytes) -> dict[str, str]:
@@ -1374,7 +1359,7 @@ async def list_models(exchange: Exchange) -> None:
     models = [{"id": name, **common} for name in dict.fromkeys(ids)]
     body = encode_json({"object": "list", "data": models})
     headers = {"Cache-Control": "no-store"}
-    await exchange.finish(web.json_response(body=body, headers=headers))
+    await exchange.send(web.json_response(body=body, headers=headers))
 
 
 async def upstream_models(exchange: Exchange) -> list[str]:
@@ -1390,14 +1375,14 @@ async def upstream_models(exchange: Exchange) -> list[str]:
     if isinstance(listed, dict):
         listed = listed.get("data")
     if not isinstance(listed, list):
-        message = "The model server lists no models."
+        message = "The model server sent no list of models."
         raise Failure("upstream_invalid", message, body=body)
     ids = [entry.get("id") for entry in listed if isinstance(entry, dict)]
     return [name for name in ids if name and isinstance(name, str)]
 
 
 async def show_health(exchange: Exchange) -> None:
-    await exchange.finish(web.json_response({"status": "ok"}))
+    await exchange.send(web.json_response({"status": "ok"}))
 
 
 # ---- The log and the metrics ---------------------------------------------------------
@@ -1468,7 +1453,7 @@ def count_and_log(exchange: Exchange) -> None:
             server.duration.observe(total_seconds)
 
     if is_chat or (failure and failure.outcome != "rejected"):
-        status = exchange.response.status if exchange.response else "-"
+        status = exchange.response.status if exchange.response.prepared else "-"
         cause = cause_of(exchange, failure) if failure else ""
         logger.info(
             f"id={exchange.id} outcome={outcome} status={status} events={events} "
@@ -1502,7 +1487,7 @@ DURATION = "gen_ai_client_operation_duration_seconds"
 async def show_metrics(exchange: Exchange) -> None:
     """Prometheus' text format, version 0.0.4. No label comes from a client."""
     server = exchange.server
-    active = sum(stream.body_received for stream in server.streams)
+    active = sum(bool(stream.relay) for stream in server.streams)
     outcomes = "\n".join(
         f'chatstream_streams_total{{outcome="{outcome}"}} {count}'
         for outcome, count in server.outcomes.items()
@@ -1517,7 +1502,7 @@ chatstream_draining {server.draining:d}
 # HELP chatstream_max_streams Stream limit.
 # TYPE chatstream_max_streams gauge
 chatstream_max_streams {server.max_streams}
-# HELP chatstream_streams_total Requests by outcome.
+# HELP chatstream_streams_total Chat completions by outcome.
 # TYPE chatstream_streams_total counter
 {outcomes}
 # HELP chatstream_events_total Chunks sent.
@@ -1535,10 +1520,12 @@ chatstream_events_total {server.events_sent}
         "Cache-Control": "no-store",
     }
     response = web.Response(body=text.encode(), headers=headers)
-    await exchange.finish(response)
+    await exchange.send(response)
 
 
-# A handler sends its response with `Exchange.finish`.
+# ---- The routes ----------------------------------------------------------------------
+
+# A handler sends its response itself.
 Handler = Callable[[Exchange], Awaitable[None]]
 ROUTES: dict[str, Handler] = {  # `chat` takes POST, the others GET and HEAD
     "/": show_page,
@@ -1610,7 +1597,7 @@ def read_settings(environ: Mapping[str, str], arguments: list[str]) -> Settings:
     for variable in ("OPENAI_API_KEY", "CHATSTREAM_TOKEN"):
         secret = environ.get(variable, "").strip()
         if not re.fullmatch("[!-~]*", secret):
-            parser.error(f"{variable} must be visible ASCII, to fit in a header")
+            parser.error(f"{variable} must be printable ASCII without spaces")
         setattr(settings, field_name(variable), secret)
     if not settings.token and not is_loopback(settings.host):
         host = f"CHATSTREAM_HOST={settings.host}"
@@ -1680,7 +1667,7 @@ def host_names(text: str) -> tuple[str, ...]:
     found = names(text.lower())
     for name in found:
         if not re.fullmatch(HOST, name, re.ASCII):
-            raise BadSetting(f"{name!r} must be like chat.example.com")
+            raise BadSetting(f"{name!r} must look like chat.example.com")
     return found
 
 
@@ -1693,7 +1680,7 @@ def base_url(text: str) -> str:
         raise BadSetting(f"{url!r}: leave out /chat/completions")
     if text and not is_http_url(url):
         form = "http://localhost:11434/v1, without query or fragment"
-        raise BadSetting(f"{url!r} must be like {form}")
+        raise BadSetting(f"{url!r} must look like {form}")
     return url
 
 
@@ -1714,7 +1701,7 @@ def is_http_url(url: str) -> bool:
 
 # fmt: off
 SETTINGS: list[tuple[str, str, Callable[[str], object], str]] = [
-    ("OPENAI_BASE_URL", "", base_url, "model server; empty = OpenAI, or the demo"),
+    ("OPENAI_BASE_URL", "", base_url, "model server; empty = OpenAI (no key: the demo)"),
     ("OPENAI_MODEL", "gpt-4o-mini", model_names, "models, the default first; * = any"),
     ("CHATSTREAM_HOST", "127.0.0.1", str, "address to listen on"),
     ("CHATSTREAM_PORT", "8080", port_number, "port; 0 = any free one"),
@@ -1749,7 +1736,7 @@ def environment_proxy(url: str) -> str | None:
     if not is_http_url(proxy) or ":" in unquote(urlsplit(proxy).username or ""):
         # The message does not show the URL, which may have a password.
         raise BadSetting(
-            f"the environment's proxy for {parts.scheme} must be like http://host:3128, "
+            f"the environment's proxy for {parts.scheme} must look like http://host:3128, "
             "with no colon in the user name; NO_PROXY bypasses it"
         )
     return proxy
@@ -1900,10 +1887,10 @@ def whole_answer(question: str, answer: str) -> dict[str, object]:
 
 
 def last_question(messages: Any) -> str:
-    """The text of the user's last message. "Continue" adds an assistant's after it."""
+    """The text of the user's last message. "Continue" adds an assistant message."""
     questions = [message for message in messages if message.get("role") == "user"]
     content = questions[-1]["content"]
-    # A content is text, or a list of parts, some with text.
+    # `content` is text, or a list of parts, some with text.
     if isinstance(content, str):
         return content
     return " ".join(part.get("text", "") for part in content)
@@ -1977,7 +1964,7 @@ def main() -> None:
     # aiohttp would log a traceback for each malformed request. We log our own bugs.
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
     # With 1,000 streams, a full garbage collection stops every stream for 0.1 s. A higher
-    # threshold (the default is 700 or 2,000 new objects) makes collections rarer.
+    # threshold (the default is 700 new objects, or 2,000 in newer Pythons) makes collections rarer.
     gc.set_threshold(10_000)
     settings = read_settings(os.environ, sys.argv[1:])
     try:

@@ -590,7 +590,11 @@ async def connected(
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
     client.setblocking(False)
     loop = asyncio.get_running_loop()
-    await within_patience(loop.sock_connect(client, (parts.hostname, parts.port)))
+    try:
+        await within_patience(loop.sock_connect(client, (parts.hostname, parts.port)))
+    except OSError:
+        client.close()
+        raise
     reader, writer = await asyncio.open_connection(
         sock=client, limit=2**10, ssl=tls, server_hostname="localhost" if tls else None
     )
@@ -1163,12 +1167,6 @@ class Forwarding(unittest.TestCase):
                 relay = Relay(EventParser(1000))
                 relay.feed(text("a")[:-2] + blank_line)
                 self.assertEqual(relay.out, [text("a")])
-
-    def test_events_that_are_there_go_out_together(self) -> None:
-        """Events that came in one piece go out in one."""
-        relay = Relay(EventParser(1000))
-        relay.feed(text("a") + text("b") + text("c")[:-1])
-        self.assertEqual(relay.out, [text("a"), text("b")])
 
     def test_several_data_lines_go_out_as_one(self) -> None:
         """A payload on several `data:` lines goes out on one, with spaces where lines ended."""
@@ -1779,6 +1777,15 @@ class HonestStatus(ServerCase):
         self.assertNotIn("Set-Cookie", answer.headers)
         self.assertNotIn("X-Internal", answer.headers)
 
+    async def test_rate_limits_that_are_no_text(self) -> None:
+        """A rate limit that cannot be sent on does not cost the rest of the refusal."""
+        head = b"HTTP/1.1 429 No\r\nContent-Length: 2\r\n"
+        bad = b"x-ratelimit-a: \xff\r\nx-ratelimit-b: 9\r\n"
+        answer = await self.answer_to(sends_raw(head + bad + b"\r\n{}"))
+        self.assert_error(answer, 429, "upstream_rejected")
+        self.assertNotIn("x-ratelimit-a", answer.headers)
+        self.assert_headers(answer, {"x-ratelimit-b": "9"})
+
     async def test_a_message_beside_a_status_text(self) -> None:
         """Where `error` only repeats the status, the text in `message` is shown."""
         body = {"statusCode": 400, "error": "Bad Request", "message": "No such model"}
@@ -1888,21 +1895,23 @@ class BrokenConnections(ServerCase):
         self.assertEqual((await self.answer_to(script)).status, 502)
 
     async def test_broken_chunks_and_a_slow_client(self) -> None:
-        """Broken chunked encoding is a truncation for a client that reads slowly, too."""
+        """Broken chunked encoding costs a client that reads slowly nothing that came before it."""
 
         async def script(call: Call) -> None:
             await call.send_head()
-            for _ in range(40):
+            for _ in range(12):
                 await call.send(text("x" * 20_000))
             await call.send_raw(b"no chunk size\r\n")
             await hangs(call)
 
-        async with serving(script) as server:
+        # With a short interval, it is noticed while the client has yet to read.
+        async with serving(script, heartbeat_seconds=0.5) as server:
             async with connected(server.url, receive_buffer=4096) as client:
                 client.send(http_request(HELLO))
-                await client.read_until(b"200 OK")
+                answer = await client.read_until(b"200 OK")
                 await asyncio.sleep(0.3)
-                await client.read_until(b"stream_truncated")
+                answer += await client.read_until(b"stream_truncated")
+            self.assertEqual(answer.count(text("x" * 20_000)), 12)
             await self.assert_outcomes(server.url, truncated=1)
 
     async def test_a_break_in_mid_answer(self) -> None:
@@ -2874,6 +2883,14 @@ class TimeLimits(ServerCase):
                 await asyncio.gather(*[self.ask(server.url) for _ in range(3)])
                 await eventually(lambda: not exchanges_in_memory())
 
+    async def test_nothing_stays_of_a_silent_whole_answer(self) -> None:
+        """Nor does a whole answer whose upstream falls silent in the middle."""
+        script = sends(b'{"choices":', content_type=JSON, then=hangs)
+        async with serving(script, idle_seconds=0.2) as server:
+            answer = await self.ask(server.url, path=COMPLETIONS)
+            self.assert_error(answer, 504, "upstream_timeout")
+            await eventually(lambda: not exchanges_in_memory())
+
     async def test_a_short_idle_limit_after_the_last_word(self) -> None:
         """An idle limit of less than five seconds does not fail a complete answer."""
         script = sends(SAID, FINISH, then=hangs)
@@ -2920,6 +2937,24 @@ class TimeLimits(ServerCase):
             answer = await client.read_until(b"request_timeout")
             self.assertIn(b"HTTP/1.1 408 ", answer)
             await self.assert_outcomes(server.url, rejected=1)
+
+    async def test_a_slow_upload_is_not_the_upstreams_silence(self) -> None:
+        """Neither the heartbeat's interval nor the idle limit begins before the body is here."""
+
+        async def script(call: Call) -> None:
+            await asyncio.sleep(0.2)
+            await call.send_head(429)
+
+        async with (
+            serving(script, heartbeat_seconds=1, idle_seconds=1) as server,
+            connected(server.url) as client,
+        ):
+            request = http_request(HELLO)
+            client.send(request[:-5])
+            await asyncio.sleep(1.2)
+            client.send(request[-5:])
+            answer = await client.read_until(b"upstream_rejected")
+            self.assertTrue(answer.startswith(b"HTTP/1.1 429 "), answer)
 
     async def test_a_slow_upload_gets_an_honest_status(self) -> None:
         """No heartbeat is sent before the request's body is here."""
@@ -3022,6 +3057,27 @@ def frames_of_tasks() -> Iterator[FrameType]:
             if coroutine.cr_frame:
                 yield coroutine.cr_frame
             coroutine = coroutine.cr_await
+
+
+class Writes(ServerCase):
+    """What goes out in one write. Here, each write of a stream is one HTTP chunk."""
+
+    async def test_events_that_arrive_together(self) -> None:
+        """Events that have arrived together go out in one write."""
+        events = text("a") + text("b")
+        async with (
+            serving(sends(events, then=hangs)) as server,
+            connected(server.url) as client,
+        ):
+            client.send(http_request(HELLO))
+            await client.read_until(b"\r\n%x\r\n%b\r\n" % (len(events), events))
+
+    async def test_the_last_events(self) -> None:
+        """The last events go out together with [DONE]."""
+        events = FINISH + DONE
+        async with serving(sends(events)) as server, connected(server.url) as client:
+            client.send(http_request(HELLO))
+            await client.read_until(b"\r\n%x\r\n%b\r\n" % (len(events), events))
 
 
 class BackPressure(ServerCase):
@@ -4731,6 +4787,31 @@ class Drain(ServerCase):
             self.assert_headers(answer, {"X-Should-Retry": "false"})
         self.assertEqual(exited.status, 0)
         self.assertEqual(exited.stderr.count("outcome=drained"), 2)
+
+    async def test_the_deadline_before_the_first_event(self) -> None:
+        """So does one whose upstream has sent no more than a head, good or bad."""
+        for status in (200, 400):
+            script = sends(status=status, then=hangs)
+            async with self.program(script, drain_seconds=0.3) as program:
+                asking = asyncio.create_task(self.ask(program.url))
+                call = await program.upstream.next_call()
+                program.signal(signal.SIGTERM)
+                self.assert_error(await asking, 503, "server_draining")
+                await within_patience(call.gone.wait())
+                exited = await program.exit()
+            self.assertIn("outcome=drained", exited.stderr)
+
+    async def test_the_deadline_of_a_slow_client(self) -> None:
+        """A client that reads slowly, but reads, is told in-band, too."""
+        async with self.program(floods, drain_seconds=0.3) as program:
+            async with connected(program.url, receive_buffer=4096) as client:
+                client.send(http_request(HELLO))
+                await client.read_until(b"200 OK")
+                program.signal(signal.SIGTERM)
+                # Its last chunk is the end of the body.
+                tail = await client.read_until(b"\r\n0\r\n\r\n")
+            self.assertIn(b"server_draining", tail[-1000:])
+            self.assertEqual((await program.exit()).status, 0)
 
     async def test_no_drain_time(self) -> None:
         """A drain time of 0 tells everybody at once."""
