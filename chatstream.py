@@ -1130,7 +1130,7 @@ def describe(failure: Failure) -> Failure:
     except NOT_JSON:
         return failure
     details = error_in(document) or document
-    message = message_in(details)
+    message = message_in(details) or message_in(document)
     if message and not HTML_OR_TRACEBACK.search(message):
         failure.message = message
     if isinstance(details, dict):

@@ -1786,6 +1786,12 @@ class HonestStatus(ServerCase):
         self.assertNotIn("x-ratelimit-a", answer.headers)
         self.assert_headers(answer, {"x-ratelimit-b": "9"})
 
+    async def test_a_message_beside_a_code(self) -> None:
+        """Where `error` has a code but no message, the text in `message` is shown."""
+        body = {"error": {"code": "no_model"}, "message": "No such model"}
+        answer = await self.answer_to(responds(400, body))
+        self.assertEqual(answer.error["message"], "No such model")
+
     async def test_a_message_beside_a_status_text(self) -> None:
         """Where `error` only repeats the status, the text in `message` is shown."""
         body = {"statusCode": 400, "error": "Bad Request", "message": "No such model"}
