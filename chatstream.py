@@ -63,8 +63,8 @@ BOM = b"\xef\xbb\xbf"  # the byte order mark, in UTF-8
 class EventParser:
     """Reads server-sent events from bytes that may be split anywhere.
 
-    Follows the WHATWG HTML standard, section 9.2.6, except where servers and clients do
-    not: see `feed`, `close` and `read_field`.
+    Follows the WHATWG HTML standard, section 9.2.6, except where real servers and
+    clients do not: see `feed`, `close` and `read_field`.
     """
 
     def __init__(self, limit: int) -> None:
@@ -211,6 +211,10 @@ class Failure(Exception):
             self.headers["Retry-After"] = "1"
 
 
+class MalformedEvent(Failure):
+    """An event of the upstream is not a JSON object. Perhaps it was cut off."""
+
+
 # ---- JSON ----------------------------------------------------------------------------
 
 
@@ -221,7 +225,7 @@ def refuse_constant(name: str) -> None:
 
 JSON_DECODER = json.JSONDecoder(parse_constant=refuse_constant)
 
-# Raised for bytes that are not JSON in UTF-8, for too deep nesting and, when encoding,
+# Raised for bytes that are not JSON in UTF-8, for nesting that is too deep and, when encoding,
 # for a number like 1e999, which Python reads as infinity.
 NOT_JSON = (ValueError, RecursionError)
 
@@ -249,7 +253,7 @@ class Relay:
     """Turns the body of an upstream's answer into the events for the client.
 
     `feed` and `close` append them to `out`, each as b"data: PAYLOAD\\n\\n". They may raise
-    Failure after that. The caller empties `out`, and sends DONE once the relay is `done`.
+    Failure after appending some. The caller empties `out`, and sends DONE once the relay is `done`.
     """
 
     def __init__(self, parser: EventParser) -> None:
@@ -268,7 +272,7 @@ class Relay:
         return bool(self.choices) and all(self.choices.values())
 
     def feed(self, piece: bytes) -> None:
-        # Once an event has been sent, we know that the body is an event stream.
+        # Until an event has been sent, the body may be a document.
         if not self.events_sent:
             piece = self.read_start(piece)
         self.relay_events(self.parser.feed(piece))
@@ -287,8 +291,8 @@ class Relay:
                 prefix = b"data: "
         self.body_start = (self.body_start + piece)[:2000]
         if self.is_document:
-            # A line end would end the event. A tab means the same in JSON, and is just as
-            # invalid inside a string.
+            # A line end would end the `data` field. A tab means the same in JSON, and is
+            # just as invalid inside a string.
             piece = piece.replace(b"\r", b"\t").replace(b"\n", b"\t")
         return prefix + piece
 
@@ -299,15 +303,16 @@ class Relay:
         """
         try:
             self.relay_events(self.parser.close())
-        except Failure as failure:
-            # The last event lacks its empty line. If it is malformed, it was cut off.
-            is_cut_off = not self.is_document or looks_cut_off(failure.body)
-            if failure.code == "upstream_invalid" and is_cut_off:
+        except MalformedEvent as failure:
+            # Without its empty line, a malformed event was cut off. A document never has
+            # one: look at its text.
+            if not self.is_document or looks_cut_off(failure.body):
                 raise truncation(error) from None
             raise
         if self.done:
             return
-        # A document that could be parsed is complete, unless the connection broke.
+        # A document may lack a `finish_reason`: that it could be parsed is enough, unless
+        # the connection broke.
         if self.all_finished or (self.is_document and self.choices and not error):
             self.done = True
             return
@@ -335,7 +340,7 @@ class Relay:
             raise Failure("event_too_large") from None
         except NOT_JSON:
             cause = "not a JSON object"
-            raise Failure("upstream_invalid", cause=cause, body=data) from None
+            raise MalformedEvent("upstream_invalid", cause=cause, body=data) from None
 
     def check_event(self, data: bytes) -> bytes:
         """Returns the payload to send, or b"" if no client needs this event.
@@ -355,7 +360,7 @@ class Relay:
             return b""
         if not isinstance(chunk, dict):
             raise ValueError("not an object")
-        # A line end would end the event. In JSON, a space means the same.
+        # A line end would end the `data` field. In JSON, a space means the same.
         return self.check_chunk(chunk, data).replace(b"\n", b" ")
 
     def check_chunk(self, chunk: dict[str, Any], data: bytes) -> bytes:
@@ -375,6 +380,7 @@ class Relay:
             # Choices without an index cannot be told apart: they count as one.
             if not isinstance(index, int):
                 index = 0
+            # Of a whole answer, or repeated at the end of a stream.
             if "message" in choice:
                 message_to_delta(choice, is_repetition=index in self.choices)
                 changed = True
@@ -479,9 +485,9 @@ class Exchange:
         self.is_ending = True
         self.failure = failure
         # If the upstream has answered, `close` makes our next read from it fail. The task
-        # must not be cancelled then: it may be waiting for a slow client. All waits of a
-        # connection share one future, so the next one, in which we send the failure,
-        # would be cancelled, too.
+        # must not be cancelled then: it may be waiting for a slow client. aiohttp has one
+        # future per connection for such waits. Once it is cancelled, the next wait is
+        # cancelled, too, and in that one we send the failure.
         if self.upstream_answer:
             self.upstream_answer.close()
         elif self.task:
@@ -512,7 +518,7 @@ async def chat(exchange: Exchange) -> None:
     answer = await open_upstream(exchange, "/chat/completions", checked_body)
     # The answer may take minutes: do not keep the request's body for so long.
     del body, checked_body
-    # The key line: however this block ends, the connection to the upstream is aborted,
+    # The key line: however this block ends, `UpstreamAnswer.close` aborts the connection,
     # unless the answer has been read to the end. Unread tokens cost money.
     with closing(answer):
         if exchange.is_event_stream:
@@ -626,8 +632,8 @@ def enforce_limits(exchange: Exchange, settings: Settings) -> None:
         return
     # Until the client has taken everything, the upstream is not to blame. For an answer
     # that is not streamed, no events are counted: it must arrive within the limit.
-    is_waiting = not unsent
-    silent = exchange.upstream_stall.update(relay.events_received, is_waiting)
+    client_has_all = not unsent
+    silent = exchange.upstream_stall.update(relay.events_received, client_has_all)
     if silent >= settings.idle_seconds and not relay.all_finished:
         cause = "silent for CHATSTREAM_IDLE_SECONDS"
         exchange.stop(Failure("upstream_timeout", cause=cause))
@@ -641,8 +647,8 @@ def enforce_limits(exchange: Exchange, settings: Settings) -> None:
             # Our read from it fails. `Relay.close` then decides.
             upstream.close()
 
-    quiet = exchange.output_stall.update(bytes_written, is_waiting)
-    if quiet >= settings.heartbeat_seconds:
+    quiet = exchange.output_stall.update(bytes_written, client_has_all)
+    if exchange.is_event_stream and quiet >= settings.heartbeat_seconds:
         # A task of its own: its wait for a slow client must not hold up the other
         # exchanges.
         exchange.heartbeat = asyncio.create_task(send_heartbeat(exchange))
@@ -703,7 +709,7 @@ async def handle(server: Chatstream, request: web.BaseRequest) -> web.StreamResp
         handler = route(server, request)
         await handler(exchange)
     except Failure as failure:
-        # If `stop` has closed the upstream's answer, its failure is the real one.
+        # A failure set by `stop` is the cause. This one is only its effect.
         await send_failure(exchange, exchange.failure or failure)
     except asyncio.CancelledError:
         if not exchange.failure:  # the client has left
@@ -754,10 +760,11 @@ def limit_unsent_bytes(transport: asyncio.Transport) -> None:
     """Keeps the send buffers of asyncio and the kernel small."""
     if transport.is_closing():
         return
-    # A wait ends when the buffer is down to a quarter of `high`, here 0. So `write_eof`
-    # returns when all is sent. With a limit of 0, asyncio's TLS transport
-    # would wait on an empty buffer. (Over TLS, this is the buffer of the TLS layer. What
-    # the socket has not taken yet, 64 KB or more, cannot be seen, and counts as sent.)
+    # aiohttp waits every 64 KB and in `write_eof`, until the buffer is down to a quarter of
+    # `high`, here 0. So `write_eof` returns when all is sent. With a limit of 0, asyncio's
+    # TLS transport would wait on an empty buffer. (Over TLS, this is the buffer of the TLS
+    # layer. What the socket has not taken yet, 64 KB or more, cannot be seen, and counts
+    # as sent.)
     transport.set_write_buffer_limits(high=1)
     # Otherwise, the kernel takes data in such large steps that a slow client looks dead.
     # AttributeError: not every system has this option.
@@ -788,7 +795,8 @@ async def listen(
         keepalive_timeout=60,
         access_log=None,
     )
-    # In seconds. Our streams have ended by then (see `drain`): only the demo's need it.
+    # In seconds. Our streams have ended by then (see `drain`). Only those of the demo's
+    # upstream need it.
     runner = web.ServerRunner(server, shutdown_timeout=0.2)
     await runner.setup()
     site = web.TCPSite(runner, host, port, ssl_context=tls, reuse_port=reuse_port)

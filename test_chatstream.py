@@ -1230,6 +1230,12 @@ class Forwarding(unittest.TestCase):
         body = b"".join(text("a", index=index) for index in range(129))
         self.assertEqual(relay_body(body + DONE).code, "upstream_invalid")
 
+    def test_a_whole_completion_with_too_many_choices(self) -> None:
+        """One with more choices is refused as invalid. It was not cut off."""
+        choices = [{"index": index, "message": {}} for index in range(129)]
+        body = json.dumps({"choices": choices}).encode()
+        self.assertEqual(relay_body(body).code, "upstream_invalid")
+
     def test_tool_calls_of_a_whole_completion(self) -> None:
         """Each of its `tool_calls` gets the `index` that clients need."""
         calls = [
