@@ -1811,6 +1811,12 @@ class HonestStatus(ServerCase):
         self.assertEqual(answer.error["code"], "busy")
         self.assertEqual(answer.error["request_id"], answer.headers["X-Request-Id"])
 
+    async def test_an_event_right_before_an_error(self) -> None:
+        """An event that has arrived together with an error goes out before it."""
+        answer = await self.answer_to(sends(SAID + event(BUSY)))
+        self.assertEqual((answer.status, len(answer.payloads)), (200, 2))
+        self.assertEqual(answer.error["code"], "busy")
+
     async def test_nobody_there(self) -> None:
         """An upstream that refuses the connection cannot be reached."""
         with socket.socket() as closed:
