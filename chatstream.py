@@ -557,6 +557,8 @@ async def relay_answer(
             if out and not exchange.first_event_seconds:
                 exchange.first_event_seconds = time.monotonic() - exchange.started
             if relay.done:
+                # The answer is complete, even if `stop` has been called.
+                exchange.failure = None
                 await exchange.finish(out + DONE)
             elif out:
                 await exchange.write(out)
@@ -1036,9 +1038,11 @@ async def status_failure(answer: aiohttp.ClientResponse) -> Failure:
     status = answer.status
     body = b""
     # The body says why, but is not worth a long wait.
-    with suppress(TimeoutError, *UPSTREAM_ERRORS):
+    try:
         async with asyncio.timeout(2):
             body = await read_body(answer.content, 2**16)
+    except (TimeoutError, *UPSTREAM_ERRORS) as error:
+        error.with_traceback(None)  # see `read_piece`
     if status == 401:
         return Failure("upstream_auth", cause="is OPENAI_API_KEY right?", body=body)
     if status == 407:  # from a proxy

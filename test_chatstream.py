@@ -2901,6 +2901,28 @@ class TimeLimits(ServerCase):
                 await asyncio.gather(*[self.ask(server.url) for _ in range(3)])
                 await eventually(lambda: not exchanges_in_memory())
 
+    async def test_nothing_stays_of_a_silent_error(self) -> None:
+        """Nor does an error whose body breaks off."""
+
+        async def script(call: Call) -> None:
+            await call.send_head(500)
+            await call.send(b"x")
+            await call.send_raw(b"no chunk size\r\n")
+            await hangs(call)
+
+        async with serving(script, heartbeat_seconds=0.5) as server:
+            answer = await self.ask(server.url)
+            self.assert_error(answer, 502, "upstream_error")
+            await eventually(lambda: not exchanges_in_memory())
+
+    async def test_a_complete_answer_that_is_stopped(self) -> None:
+        """An answer that turns out to be complete at the idle limit is not counted as failed."""
+        script = sends(SAID + FINISH[:-1], then=hangs)
+        async with serving(script, idle_seconds=0.2) as server:
+            answer = await self.ask(server.url)
+            self.assertTrue(answer.is_complete)
+            await self.assert_outcomes(server.url, completed=1)
+
     async def test_nothing_stays_of_a_silent_whole_answer(self) -> None:
         """Nor does a whole answer whose upstream falls silent in the middle."""
         script = sends(b'{"choices":', content_type=JSON, then=hangs)
